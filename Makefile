@@ -1,0 +1,32 @@
+# make run    sets up and does the main job: synthetic raw days -> data set -> trained DLRM -> AUC
+# make test   sets up and runs all tests
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: run test lint bench setup clean
+
+run: setup
+	$(PY) -m bench quickstart
+
+test: setup
+	$(PY) -m pytest
+
+lint: setup
+	$(PY) -m ruff check .
+
+bench: setup
+	$(PY) -m bench etl
+	$(PY) -m bench load
+	$(PY) -m bench train
+
+setup: $(READY)
+
+$(READY): requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) data runs

@@ -1,0 +1,176 @@
+"""Day files -> slabs of whole rows, in bounded memory: inflating runs ahead in a thread while earlier slabs are parsed."""
+
+import io
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from isal import igzip, isal_zlib
+
+from gpu_etl.errors import DataError
+
+NEWLINE = 10
+TAIL_BYTES = 1 << 16
+GZIP_MAGIC = b"\x1f\x8b"
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Whole rows of one day file: text uint8 [bytes]; `day` is the file's place in the list of inputs."""
+
+    day: int
+    text: np.ndarray
+
+
+@dataclass
+class Source:
+    """One day file: its size in bytes as stored, how many of them were read, and the CRC-32 of what was read."""
+
+    path: Path
+    size: int
+    read: int = 0
+    crc32: int = 0
+
+
+class _ChecksummedFile(io.RawIOBase):
+    """A source opened for reading that notes in it how far it was read and what the bytes sum up to."""
+
+    def __init__(self, source: Source):
+        self._file = open(source.path, "rb", buffering=0)  # noqa: SIM115 - closed in close()
+        self._source = source
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        count = self._file.readinto(buffer)
+        self._source.crc32 = isal_zlib.crc32(memoryview(buffer)[:count], self._source.crc32)
+        self._source.read += count
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def open_sources(paths: list[Path]) -> list[Source]:
+    """Check that every input is a readable, non-empty file, and that none is named twice. Raises DataError if not."""
+    sources: list[Source] = []
+    for path in map(Path, paths):
+        if not path.is_file():
+            raise DataError(f"{path}: expected a day file (text or gzip), found {'a folder' if path.is_dir() else 'nothing'}")
+        if any(path.samefile(other.path) for other in sources):
+            raise DataError(f"{path}: the same day file is named twice")
+        size = path.stat().st_size
+        if size == 0:
+            raise DataError(f"{path}: the file is empty; expected rows of 40 tab-separated fields")
+        sources.append(Source(path, size))
+    return sources
+
+
+def _fill(stream, buffer: np.ndarray, filled: int) -> int:
+    """Read until the buffer is full or the stream ends; returns the number of valid bytes."""
+    view = memoryview(buffer)
+    while filled < len(buffer):
+        count = stream.readinto(view[filled:])
+        if not count:
+            break
+        filled += count
+    return filled
+
+
+def _last_newline(buffer: np.ndarray) -> int:
+    """Position of the last newline in buffer uint8 [bytes], -1 if there is none."""
+    for end in range(len(buffer), 0, -TAIL_BYTES):
+        begin = max(0, end - TAIL_BYTES)
+        found = np.flatnonzero(buffer[begin:end] == NEWLINE)
+        if len(found):
+            return begin + int(found[-1])
+    return -1
+
+
+def _cut(stream, path: Path, day: int, slab_bytes: int) -> Iterator[Slab]:
+    """Slabs of at most `slab_bytes`, each but the last ending with a newline; the rest of a row moves to the next."""
+    rest = np.empty(0, np.uint8)
+    while True:
+        buffer = np.empty(slab_bytes, np.uint8)
+        buffer[: len(rest)] = rest
+        filled = _fill(stream, buffer, len(rest))
+        if filled < slab_bytes:
+            if filled:
+                yield Slab(day, buffer[:filled])
+            return
+        newline = _last_newline(buffer)
+        if newline < 0:
+            raise DataError(
+                f"{path}: no end of row within {slab_bytes} bytes; expected rows of about 250 bytes ending in a newline. "
+                "If the file is right, raise --slab-bytes"
+            )
+        rest = buffer[newline + 1 :]
+        yield Slab(day, buffer[: newline + 1])
+
+
+def read_day(source: Source, day: int, slab_bytes: int) -> Iterator[Slab]:
+    """Slabs of one day file, text or gzip (told by its first bytes, not by its name).
+
+    Raises DataError where the compressed data are damaged or end early.
+    """
+    stream = io.BufferedReader(_ChecksummedFile(source), 1 << 20)
+    try:
+        is_gzip = stream.peek(2)[:2] == GZIP_MAGIC
+        yield from _cut(igzip.IGzipFile(fileobj=stream) if is_gzip else stream, source.path, day, slab_bytes)
+    except (EOFError, isal_zlib.error, igzip.BadGzipFile) as error:
+        raise DataError(f"{source.path}: damaged or cut-off gzip file ({error}); fetch it again") from error
+    finally:
+        stream.close()
+
+
+def read_days(sources: list[Source], slab_bytes: int) -> Iterator[Slab]:
+    """Slabs of all day files, one file after the other."""
+    for day, source in enumerate(sources):
+        yield from read_day(source, day, slab_bytes)
+
+
+def prefetch(items: Iterator, depth: int = 2) -> Iterator:
+    """The same items, made ahead in a thread: at most `depth` wait in memory. Errors arrive where the item would have.
+
+    Closing the returned generator early stops the thread.
+    """
+    ready: queue.Queue = queue.Queue(depth)
+    stopped = threading.Event()
+    end = object()
+
+    def offer(item) -> bool:
+        while not stopped.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def produce() -> None:
+        try:
+            for item in items:
+                if not offer((item, None)):
+                    return
+            offer((end, None))
+        except BaseException as error:  # handed to the consumer, which raises it
+            offer((end, error))
+
+    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is end:
+                return
+            yield item
+    finally:
+        stopped.set()
+        thread.join()

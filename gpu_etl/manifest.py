@@ -1,0 +1,105 @@
+"""manifest.json: what a data set holds and everything that shaped it; read, write, verify."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gpu_etl.errors import DataError
+from gpu_etl.schema import COLUMNS, FIRST_SPARSE, LOG_CONVENTION, RECORD_BYTES, RECORD_DTYPE, SPARSE
+
+FILE_NAME = "manifest.json"
+VERSION = 1
+CHECK_ROWS = 1 << 18
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """rows per split; table_sizes per category column; settings: the preset's rules, days, shuffle, seed;
+    sources: file name, bytes, rows and CRC-32 of each day; files: bytes and SHA-256 of each output file.
+
+    Holds no time and no path, so that the same input and settings make the same manifest.
+    """
+
+    rows: dict[str, int]
+    table_sizes: list[int]
+    settings: dict
+    sources: list[dict]
+    files: dict[str, dict]
+    version: int = VERSION
+    record_bytes: int = RECORD_BYTES
+    dense: str = LOG_CONVENTION
+
+    def write(self, folder: Path) -> None:
+        """Write FILE_NAME into the folder, whole or not at all."""
+        temporary = Path(folder) / (FILE_NAME + ".part")
+        with open(temporary, "w") as file:
+            json.dump(asdict(self), file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(Path(folder) / FILE_NAME)
+
+    @staticmethod
+    def read(folder: Path) -> "Manifest":
+        """Read FILE_NAME from the folder. Raises DataError where it is missing, damaged or of another version."""
+        path = Path(folder) / FILE_NAME
+        try:
+            fields = json.loads(path.read_text())
+            if fields.get("version") != VERSION:
+                raise DataError(f"{path}: expected version {VERSION}, got {fields.get('version')}; encode the days again")
+            return Manifest(**fields)
+        except FileNotFoundError:
+            raise DataError(f"{path}: no such file; expected a data set made by `python -m gpu_etl encode`") from None
+        except (json.JSONDecodeError, TypeError, AttributeError) as error:
+            raise DataError(f"{path}: not a manifest ({error}); encode the days again") from error
+
+
+def describe_file(path: Path) -> dict:
+    """The manifest's entry for an output file: bytes and SHA-256."""
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def check_ids(records: np.ndarray, table_sizes: list[int], name: str, first_row: int = 0) -> None:
+    """Check labels and id ranges of records int32 [n, 40]. Raises DataError naming row, column, value and limit."""
+    if not len(records):
+        return
+    limits = np.array([2, *[np.iinfo(np.int32).max] * (FIRST_SPARSE - 1), *table_sizes], np.int64)
+    wrong = (records < 0) | (records >= limits)
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        where = f"C{column - FIRST_SPARSE + 1}" if column >= FIRST_SPARSE else f"I{column}" if column else "label"
+        raise DataError(
+            f"{name}: row {first_row + row + 1}, column {where}: expected 0 to {limits[column] - 1}, "
+            f"got {records[row, column]}; the table sizes do not belong to this file, or it is damaged"
+        )
+
+
+def verify(folder: Path, progress=lambda rows: None) -> dict:
+    """Check a data set against its manifest: sizes, checksums, labels and ids. Returns what was checked.
+
+    `progress` is called with the number of rows checked since the last call. Raises DataError at the first mismatch.
+    """
+    folder = Path(folder)
+    manifest = Manifest.read(folder)
+    if len(manifest.table_sizes) != SPARSE:
+        raise DataError(f"{folder}: expected {SPARSE} table sizes in the manifest, got {len(manifest.table_sizes)}")
+    for name, expected in manifest.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise DataError(f"{path}: no such file, but the manifest lists it; encode the days again")
+        found = describe_file(path)
+        if found != expected:
+            raise DataError(f"{path}: expected {expected}, found {found}; the file was changed or damaged")
+        if not name.endswith(".bin"):
+            continue
+        for begin in range(0, found["bytes"] // RECORD_BYTES, CHECK_ROWS):
+            records = np.fromfile(path, RECORD_DTYPE, CHECK_ROWS * COLUMNS, offset=begin * RECORD_BYTES)
+            records = records.reshape(-1, COLUMNS)
+            check_ids(records, manifest.table_sizes, str(path), begin)
+            progress(len(records))
+    return {"rows": manifest.rows, "files": len(manifest.files), "table_sizes": manifest.table_sizes}

@@ -1,0 +1,203 @@
+"""Scalar functions for one row or one value: the only place where the logic of a row is written.
+
+The loops of cpu.py and the CUDA kernels call the same functions; tests/reference.py is their specification. They also
+run as plain Python (NUMBA_DISABLE_JIT=1). To mean the same in all three, they compute in signed 64-bit integers and
+mask to 32 bits by hand, raise nothing and allocate nothing.
+"""
+
+
+
+
+from gpu_etl.jit import compiled as scalar
+from gpu_etl.schema import COLUMNS, FIRST_SPARSE
+
+TAB = 9
+NEWLINE = 10
+CARRIAGE_RETURN = 13
+MINUS = 45
+ZERO = 48
+
+INT32_MAX = 2**31 - 1
+UINT32_MASK = 0xFFFFFFFF
+HEX_DIGITS = 8
+
+# Kinds of fault; parse_row returns kind * FAULT_STRIDE + column, or 0 for a good row.
+FAULT_STRIDE = 64
+FAULT_FIELDS = 1
+FAULT_LABEL = 2
+FAULT_INTEGER = 3
+FAULT_RANGE = 4
+FAULT_HEX = 5
+
+
+
+@scalar
+def at_field_end(text, position, end):
+    """Whether the field ends before text[position]: at a tab, or where the row ends."""
+    return position >= end or text[position] == TAB
+
+
+@scalar
+def parse_integer(text, position, end):
+    """Decimal int32 field at text[position], not empty -> (value, fault kind, its end). A minus sign, then digits."""
+    negative = text[position] == MINUS
+    if negative:
+        position += 1
+    first = position
+    value = 0
+    while not at_field_end(text, position, end):
+        digit = text[position] - ZERO
+        if digit < 0 or digit > 9:
+            return 0, FAULT_INTEGER, position
+        if value <= INT32_MAX:
+            value = value * 10 + digit
+        position += 1
+    if position == first:
+        return 0, FAULT_INTEGER, position
+    if negative:
+        value = -value
+    if value > INT32_MAX or value < -INT32_MAX - 1:
+        return 0, FAULT_RANGE, position
+    return value, 0, position
+
+
+@scalar
+def hex_digit(byte):
+    """Value of an ASCII hex digit (either case), without a branch; 16 or more, or below 0, where it is none."""
+    letter = (byte | 32) - 97
+    is_letter = (letter >= 0) & (letter < 6)
+    digit = byte - ZERO
+    is_digit = (digit >= 0) & (digit < 10)
+    return (byte & 15) + 9 * is_letter + 16 * (1 - (is_letter | is_digit))
+
+
+@scalar
+def parse_hex(text, position, end):
+    """Field of one to eight hex digits at text[position], not empty -> (value, fault kind, its end)."""
+    value = 0
+    wrong = 0
+    if position + HEX_DIGITS <= end and at_field_end(text, position + HEX_DIGITS, end):
+        # All real rows come here: a fixed count of branchless steps that compilers unroll and vectorise.
+        for i in range(HEX_DIGITS):
+            digit = hex_digit(text[position + i])
+            wrong |= digit
+            value |= digit << (28 - 4 * i)
+        if wrong > 15:
+            return 0, FAULT_HEX, position
+        return value, 0, position + HEX_DIGITS
+    first = position
+    while not at_field_end(text, position, end):
+        digit = hex_digit(text[position])
+        wrong |= digit
+        value = (value << 4 | digit) & UINT32_MASK
+        position += 1
+    if wrong > 15:
+        return 0, FAULT_HEX, position
+    if position - first > HEX_DIGITS:
+        return 0, FAULT_RANGE, position
+    return value, 0, position
+
+
+@scalar
+def parse_label(text, position, end):
+    """Label field at text[position] -> (0 or 1, fault kind, its end)."""
+    if position < end and at_field_end(text, position + 1, end):
+        label = text[position] - ZERO
+        if label == 0 or label == 1:
+            return label, 0, position + 1
+    return 0, FAULT_LABEL, position
+
+
+@scalar
+def fault_code(text, begin, end, kind, column):
+    """Code of a fault in the row text[begin:end]: a wrong number of fields outranks what it makes of a column."""
+    tabs = 0
+    for position in range(begin, end):
+        if text[position] == TAB:
+            tabs += 1
+    if tabs != COLUMNS - 1:
+        return FAULT_FIELDS * FAULT_STRIDE
+    return kind * FAULT_STRIDE + column
+
+
+@scalar
+def parse_row(text, begin, end, row, values, missing):
+    """Parse text[begin:end], one row without its newline, into values[row] and missing[row]; return its fault code.
+
+    text uint8 [bytes]; values uint32 [n, 40] (integers in two's complement, categories as numbers, empty fields 0);
+    missing uint64 [n], bit c set where column c was empty. A carriage return before the newline is dropped.
+    """
+    if end > begin and text[end - 1] == CARRIAGE_RETURN:
+        end -= 1
+    value, fault, position = parse_label(text, begin, end)
+    if fault:
+        return fault_code(text, begin, end, fault, 0)
+    values[row, 0] = value
+    empty = 0
+    for column in range(1, COLUMNS):
+        if position >= end:
+            return fault_code(text, begin, end, FAULT_FIELDS, column)
+        position += 1
+        value = 0
+        if at_field_end(text, position, end):
+            empty |= 1 << column
+        elif column < FIRST_SPARSE:
+            value, fault, position = parse_integer(text, position, end)
+        else:
+            value, fault, position = parse_hex(text, position, end)
+        if fault:
+            return fault_code(text, begin, end, fault, column)
+        values[row, column] = value & UINT32_MASK
+    if position < end:
+        return fault_code(text, begin, end, FAULT_FIELDS, COLUMNS - 1)
+    missing[row] = empty
+    return 0
+
+
+@scalar
+def dense_value(value):
+    """What the record keeps of a parsed integer column (uint32, two's complement): itself, or 0 if negative."""
+    if value > INT32_MAX:
+        return 0
+    return value
+
+
+@scalar
+def category_key(value, max_index_range):
+    """Dictionary key of a category value: the value modulo `max_index_range`, or the value itself if that is 0."""
+    if max_index_range > 0:
+        return value % max_index_range
+    return value
+
+
+@scalar
+def hash32(key):
+    """Scramble a 32-bit key (MurmurHash3's 32-bit finaliser, a bijection, public domain)."""
+    key = (key ^ (key >> 16)) * 0x85EBCA6B & UINT32_MASK
+    key = (key ^ (key >> 13)) * 0xC2B2AE35 & UINT32_MASK
+    return key ^ (key >> 16)
+
+
+@scalar
+def find_slot(table, base, mask, key):
+    """Slot of `key` in the open-addressing table table[base : base + mask + 1], or the empty slot where it belongs.
+
+    table int64 [slots, 2]: (key, payload), payload 0 marks an empty slot, so every 32-bit key is legal. mask + 1 is a
+    power of two, and at least one slot is empty.
+    """
+    slot = hash32(key) & mask
+    while table[base + slot, 1] != 0 and table[base + slot, 0] != key:
+        slot = (slot + 1) & mask
+    return base + slot
+
+
+@scalar
+def encode_category(table, base, mask, value, empty, missing_is_zero, max_index_range):
+    """Id of one category field: what the table holds (payload - 1), or 0 for a missing or unlisted value."""
+    if empty and not missing_is_zero:
+        return 0
+    slot = find_slot(table, base, mask, category_key(value, max_index_range))
+    payload = table[slot, 1]
+    if payload == 0:
+        return 0
+    return payload - 1

@@ -1,0 +1,116 @@
+"""Counts of category values -> ids: merging, thresholds, order, and the hash table that the encode pass reads."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from gpu_etl import rows
+from gpu_etl.errors import DataError
+from gpu_etl.jit import compiled
+from gpu_etl.schema import SPARSE, Preset
+
+FILE_NAME = "vocabulary.npz"
+
+
+@dataclass(frozen=True)
+class ColumnCounts:
+    """Distinct values of one column in any order: keys uint32 [k], counts int64 [k], first_rows int64 [k]."""
+
+    keys: np.ndarray
+    counts: np.ndarray
+    first_rows: np.ndarray
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Partial vocabulary: the counts of 26 columns over some of the rows."""
+
+    columns: tuple[ColumnCounts, ...]
+
+    def merge(self, other: "Counts") -> "Counts":
+        """Counts over the rows of both. Commutative and associative, so that workers can be merged in any order."""
+        return Counts(tuple(_merge(a, b) for a, b in zip(self.columns, other.columns, strict=True)))
+
+
+def _merge(a: ColumnCounts, b: ColumnCounts) -> ColumnCounts:
+    keys, place = np.unique(np.concatenate([a.keys, b.keys]), return_inverse=True)
+    counts = np.zeros(len(keys), np.int64)
+    np.add.at(counts, place, np.concatenate([a.counts, b.counts]))
+    first_rows = np.full(len(keys), np.iinfo(np.int64).max)
+    np.minimum.at(first_rows, place, np.concatenate([a.first_rows, b.first_rows]))
+    return ColumnCounts(keys, counts, first_rows)
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """One open-addressing table for all columns, as rows.find_slot reads it.
+
+    table int64 [slots, 2] of (key, id + 1); column c's part is table[base[c] : base[c] + mask[c] + 1].
+    """
+
+    table: np.ndarray
+    base: np.ndarray
+    mask: np.ndarray
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Ids of 26 columns: keys[c] (uint32) in id order, the first one having id `first_id`; counts[c] beside them."""
+
+    first_id: int
+    keys: tuple[np.ndarray, ...]
+    counts: tuple[np.ndarray, ...]
+
+    @property
+    def table_sizes(self) -> list[int]:
+        """Number of ids per column, id 0 for rare and missing values included where there is one; at least 1."""
+        return [max(1, self.first_id + len(keys)) for keys in self.keys]
+
+    def lookup(self) -> Lookup:
+        """Build the hash table, at most half full: 16 B a slot."""
+        slots = np.array([2 << max(len(keys), 1).bit_length() for keys in self.keys], np.int64)
+        base = np.concatenate([[0], np.cumsum(slots)[:-1]])
+        table = np.zeros((slots.sum(), 2), np.int64)
+        for keys, begin, size in zip(self.keys, base, slots, strict=True):
+            _fill(table, begin, size - 1, keys, self.first_id)
+        return Lookup(table, base, slots - 1)
+
+    def save(self, folder: Path) -> None:
+        """Write the id maps as FILE_NAME, arrays C1..C26 (keys in id order) and C1_counts..C26_counts."""
+        arrays = {"first_id": np.array(self.first_id)}
+        for c in range(SPARSE):
+            arrays[f"C{c + 1}"] = self.keys[c]
+            arrays[f"C{c + 1}_counts"] = self.counts[c]
+        np.savez(folder / FILE_NAME, **arrays)
+
+    @staticmethod
+    def load(folder: Path) -> "Vocabulary":
+        """Read what save wrote. Raises DataError where the file is missing."""
+        path = Path(folder) / FILE_NAME
+        if not path.is_file():
+            raise DataError(f"{path}: no such file; `python -m gpu_etl encode` writes it beside the data set")
+        with np.load(path, allow_pickle=False) as arrays:
+            keys = tuple(arrays[f"C{c + 1}"] for c in range(SPARSE))
+            counts = tuple(arrays[f"C{c + 1}_counts"] for c in range(SPARSE))
+            return Vocabulary(int(arrays["first_id"]), keys, counts)
+
+
+@compiled
+def _fill(table, base, mask, keys, first_id):
+    for i in range(len(keys)):
+        slot = rows.find_slot(table, base, mask, np.int64(keys[i]))
+        table[slot, 0] = keys[i]
+        table[slot, 1] = first_id + i + 1
+
+
+def build(counts: Counts, preset: Preset) -> Vocabulary:
+    """Give ids by the preset's rules (see schema.Preset). Depends on the counts only, never on their order."""
+    keys, kept_counts = [], []
+    for column in counts.columns:
+        kept = np.flatnonzero(column.counts >= preset.min_count)
+        order_by = -column.counts[kept] if preset.order == "count" else column.first_rows[kept]
+        kept = kept[np.lexsort((column.keys[kept], order_by))]
+        keys.append(column.keys[kept])
+        kept_counts.append(column.counts[kept])
+    return Vocabulary(preset.first_id, tuple(keys), tuple(kept_counts))
