@@ -13,7 +13,6 @@ from gpu_etl.jit import compiled, compiled_parallel
 from gpu_etl.schema import COLUMNS, FIRST_DENSE, FIRST_SPARSE, SPARSE, Preset
 from gpu_etl.vocabulary import ColumnCounts, Counts, Lookup
 
-
 SCAN_BLOCK = 64
 COUNT_BLOCK = 512  # rows: 80 KB of values stay in the L2 cache while 26 columns are counted
 FIRST_CAPACITY = 1024

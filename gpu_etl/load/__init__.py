@@ -1,0 +1,1 @@
+"""Data sets on disk -> batches of torch tensors. The batch is the contract with the model."""

@@ -1,0 +1,87 @@
+"""Model configurations: the JSON files of MLPerf v0.7 and DeepSparkHub (leaf)."""
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "configs"
+INTERACTIONS = ("dot", "cat")
+
+
+class ConfigError(ValueError):
+    """Bad settings or model files. The message says what was expected, what came, and what to do."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a DLRM; the fields are the JSON keys.
+
+    bottom_mlp_sizes: outputs of its layers, the last one equal to embedding_dim; top_mlp_sizes: the last one is 1.
+    interaction_op: "dot" or "cat". self_interaction: keep the diagonal of the dot products. hash_indices: take ids
+    modulo their table's size instead of refusing ids beyond it.
+    """
+
+    num_numerical_features: int
+    categorical_feature_sizes: tuple[int, ...]
+    bottom_mlp_sizes: tuple[int, ...]
+    top_mlp_sizes: tuple[int, ...]
+    embedding_dim: int
+    interaction_op: str = "dot"
+    hash_indices: bool = False
+    self_interaction: bool = False
+
+    def __post_init__(self):
+        for field in ("categorical_feature_sizes", "bottom_mlp_sizes", "top_mlp_sizes"):
+            sizes = getattr(self, field)
+            if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
+                raise ConfigError(f"{field}: expected positive whole numbers, got {sizes}")
+        if self.bottom_mlp_sizes[-1] != self.embedding_dim:
+            raise ConfigError(
+                f"bottom_mlp_sizes ends in {self.bottom_mlp_sizes[-1]}: expected embedding_dim, {self.embedding_dim}"
+            )
+        if self.top_mlp_sizes[-1] != 1:
+            raise ConfigError(f"top_mlp_sizes ends in {self.top_mlp_sizes[-1]}: expected 1, the logit")
+        if self.interaction_op not in INTERACTIONS:
+            raise ConfigError(f"interaction_op: expected one of {', '.join(INTERACTIONS)}, got {self.interaction_op!r}")
+
+    def with_tables(self, sizes: list[int]) -> "ModelConfig":
+        """The same model with other table sizes."""
+        return replace(self, categorical_feature_sizes=tuple(sizes))
+
+    def to_json(self) -> dict:
+        """The JSON object that from_json reads."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(values: dict, where: str) -> "ModelConfig":
+        """Build from a JSON object. Raises ConfigError for missing or unknown keys or bad sizes, naming `where`."""
+        known = {field.name for field in fields(ModelConfig)}
+        if not isinstance(values, dict) or not values.keys() <= known:
+            raise ConfigError(f"{where}: expected a JSON object with the keys {', '.join(sorted(known))}, got {values}")
+        try:
+            return ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        except (ConfigError, TypeError) as error:
+            raise ConfigError(f"{where}: {error}") from error
+
+
+def names() -> list[str]:
+    """Names of the configurations that come with the project."""
+    return sorted(path.stem for path in FOLDER.glob("*.json"))
+
+
+def read_config(name: str) -> tuple[ModelConfig, Path]:
+    """The configuration in file `name`, or else the one that comes with the project under that file's name.
+
+    So `dlrm/config/official_config.json`, as in the commands of other repositories, and plain `official_config` both
+    work. Returns it with the path it was read from. Raises ConfigError where there is none.
+    """
+    path = Path(name)
+    if not path.is_file():
+        path = FOLDER / f"{path.name.removesuffix('.json')}.json"
+    if not path.is_file():
+        raise ConfigError(f"--model_config {name}: no such file; the ones that come along are {', '.join(names())}")
+    try:
+        values = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: expected JSON: {error}") from error
+    return ModelConfig.from_json(values, str(path)), path

@@ -1,0 +1,35 @@
+"""How the bottom MLP's output and the embedding vectors meet."""
+
+import torch
+from torch import nn
+
+
+class DotInteraction(nn.Module):
+    """[bottom output, dot products of all pairs of vectors (lower triangle, row-major), one 0 of padding].
+
+    The padding makes the width even, as in MLPerf v0.7. With `self_interaction` the diagonal is kept.
+    """
+
+    def __init__(self, vectors: int, dim: int, self_interaction: bool):
+        super().__init__()
+        rows, columns = torch.tril_indices(vectors, vectors, 0 if self_interaction else -1)
+        self.register_buffer("pairs", rows * vectors + columns, persistent=False)
+        self.width = dim + len(self.pairs) + 1
+
+    def forward(self, bottom: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+        """bottom [B, D] and vectors [B, T, D] of one dtype -> [B, D + pairs + 1]."""
+        z = torch.cat([bottom.unsqueeze(1), vectors], 1)
+        products = torch.bmm(z, z.transpose(1, 2)).flatten(1).index_select(1, self.pairs)
+        return torch.cat([bottom, products, bottom.new_zeros(len(bottom), 1)], 1)
+
+
+class CatInteraction(nn.Module):
+    """[bottom output, all vectors] side by side."""
+
+    def __init__(self, vectors: int, dim: int):
+        super().__init__()
+        self.width = vectors * dim
+
+    def forward(self, bottom: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+        """bottom [B, D] and vectors [B, T, D] of one dtype -> [B, (T + 1) * D]."""
+        return torch.cat([bottom, vectors.flatten(1)], 1)

@@ -1,0 +1,47 @@
+"""Exact metrics of binary predictions."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """AUC (area under the ROC curve) and mean log loss in nats over `rows` rows."""
+
+    auc: float
+    log_loss: float
+    rows: int
+
+
+def auc(scores: torch.Tensor, labels: torch.Tensor) -> float:
+    """Exact area under the ROC curve: the share of (positive, negative) pairs in the right order, ties counted half.
+
+    scores float [N], labels [N] of 0 and 1. Counts pairs in 64-bit integers, so nothing is lost in summing. NaN where
+    one class is missing or a score is NaN.
+    """
+    if torch.isnan(scores).any():
+        return float("nan")
+    ordered, order = scores.sort()
+    positive = labels[order].to(torch.int64)
+    # Ranks of equal scores are averaged: twice the mean rank of a run is the number below plus the number up to its end.
+    _, run, sizes = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
+    ends = sizes.cumsum(0)
+    twice_rank = (2 * ends - sizes + 1)[run]
+    positives = int(positive.sum())
+    negatives = len(scores) - positives
+    if not positives or not negatives:
+        return float("nan")
+    twice_wins = int((twice_rank * positive).sum()) - positives * (positives + 1)
+    return twice_wins / (2 * positives * negatives)
+
+
+def log_loss(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """Mean binary cross-entropy (nats) of logits [N], summed in float64."""
+    return F.binary_cross_entropy_with_logits(logits.double(), labels.double()).item()
+
+
+def measure(logits: torch.Tensor, labels: torch.Tensor) -> Metrics:
+    """Metrics of logits float [N] against labels [N]."""
+    return Metrics(auc(logits, labels), log_loss(logits, labels), len(labels))
