@@ -117,7 +117,7 @@ def train(args, trainer: Trainer, loader, test) -> dict:
 
 
 def resume(state: dict, place: dict, ckpt: str) -> int:
-    """Steps done by the checkpoint. Raises ConfigError where its data, batch size or order are not those of this run."""
+    """Steps done by the checkpoint. Raises ConfigError where its data or order are not those of this run."""
     if state["place"] != place:
         raise ConfigError(f"--ckpt {ckpt}: cannot go on: made with {state['place']}, this run has {place}")
     return state["steps"]

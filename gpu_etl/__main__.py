@@ -17,7 +17,7 @@ from gpu_etl.backend import DEVICES
 from gpu_etl.errors import DataError
 from gpu_etl.schema import PRESETS, choose_preset
 
-ENCODE_HELP = """Encode raw day files (text or gzip) into a data set of 160-byte records, in two passes and bounded memory.
+ENCODE_HELP = """Encode raw day files (text or gzip) into a data set of 160-byte records, in bounded memory.
 
 DIR gets terabyte_processed_{train,test,val}.bin (label, 13 integers, 26 ids; int32), vocabulary.npz (the id maps) and
 manifest.json. All days but the last train; the first half of the last one tests, its other half validates."""

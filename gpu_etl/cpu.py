@@ -102,7 +102,7 @@ def _count_columns(tables, firsts, used, columns, values, missing, first_row, st
             first = firsts[c]
             mask = len(first) - 1
             for row in range(begin, end):
-                if not missing_is_zero and (missing[row] >> np.uint64(FIRST_SPARSE + c)) & np.uint64(1):
+                if not missing_is_zero and rows.is_missing(missing[row], FIRST_SPARSE + c):
                     continue
                 key = rows.category_key(np.int64(values[row, FIRST_SPARSE + c]), index_range)
                 slot = rows.find_slot(table, 0, mask, key)
@@ -180,10 +180,12 @@ def _encode(values, missing, table, base, mask, missing_is_zero, index_range, re
             for column in range(FIRST_DENSE, FIRST_SPARSE):
                 records[row, column] = rows.dense_value(np.int64(values[row, column]))
         for c in range(base.size):
+            column = FIRST_SPARSE + c
             for row in range(begin, end):
-                empty = (missing[row] >> np.uint64(FIRST_SPARSE + c)) & np.uint64(1)
-                records[row, FIRST_SPARSE + c] = rows.encode_category(
-                    table, base[c], mask[c], np.int64(values[row, FIRST_SPARSE + c]), empty, missing_is_zero, index_range
+                value = np.int64(values[row, column])
+                empty = rows.is_missing(missing[row], column)
+                records[row, column] = rows.encode_category(
+                    table, base[c], mask[c], value, empty, missing_is_zero, index_range
                 )
 
 

@@ -1,4 +1,4 @@
-"""Day files -> slabs of whole rows, in bounded memory: inflating runs ahead in a thread while earlier slabs are parsed."""
+"""Day files -> slabs of whole rows, in bounded memory; a thread inflates ahead while earlier slabs are parsed."""
 
 import io
 import queue
@@ -61,7 +61,8 @@ def open_sources(paths: list[Path]) -> list[Source]:
     sources: list[Source] = []
     for path in map(Path, paths):
         if not path.is_file():
-            raise DataError(f"{path}: expected a day file (text or gzip), found {'a folder' if path.is_dir() else 'nothing'}")
+            found = "a folder" if path.is_dir() else "nothing"
+            raise DataError(f"{path}: expected a day file (text or gzip), found {found}")
         if any(path.samefile(other.path) for other in sources):
             raise DataError(f"{path}: the same day file is named twice")
         size = path.stat().st_size
@@ -106,7 +107,7 @@ def _cut(stream, path: Path, day: int, slab_bytes: int) -> Iterator[Slab]:
         newline = _last_newline(buffer)
         if newline < 0:
             raise DataError(
-                f"{path}: no end of row within {slab_bytes} bytes; expected rows of about 250 bytes ending in a newline. "
+                f"{path}: no end of row within {slab_bytes} bytes; expected rows of about 250 bytes. "
                 "If the file is right, raise --slab-bytes"
             )
         rest = buffer[newline + 1 :]

@@ -49,8 +49,9 @@ class Manifest:
         path = Path(folder) / FILE_NAME
         try:
             fields = json.loads(path.read_text())
-            if fields.get("version") != VERSION:
-                raise DataError(f"{path}: expected version {VERSION}, got {fields.get('version')}; encode the days again")
+            version = fields.get("version")
+            if version != VERSION:
+                raise DataError(f"{path}: expected version {VERSION}, got {version}; encode the days again")
             return Manifest(**fields)
         except FileNotFoundError:
             raise DataError(f"{path}: no such file; expected a data set made by `python -m gpu_etl encode`") from None

@@ -8,6 +8,8 @@ mask to 32 bits by hand, raise nothing and allocate nothing.
 
 
 
+import numpy as np
+
 from gpu_etl.jit import compiled as scalar
 from gpu_etl.schema import COLUMNS, FIRST_SPARSE
 
@@ -160,6 +162,12 @@ def dense_value(value):
     if value > INT32_MAX:
         return 0
     return value
+
+
+@scalar
+def is_missing(mask, column):
+    """Whether a row's mask of missing fields (uint64) has the bit of `column` set."""
+    return (np.int64(mask) >> column) & 1 == 1
 
 
 @scalar

@@ -69,14 +69,15 @@ def read_state(folder: Path) -> dict:
 def load(folder: Path, model: DLRM) -> dict:
     """Fill the model with a checkpoint's weights; returns its state.
 
-    Raises CheckpointError, before anything is changed, where the checkpoint is of another model, and where it is damaged.
+    Raises CheckpointError where it is of another model (before anything is changed), or damaged.
     """
     folder = Path(folder)
     state = read_state(folder)
     saved = ModelConfig.from_json(state["model"], str(folder / STATE))
     if saved != model.config:
         ours, theirs = model.config.to_json(), saved.to_json()
-        different = "; ".join(f"{key} {theirs[key]} there, {ours[key]} here" for key in ours if ours[key] != theirs[key])
+        keys = [key for key in ours if ours[key] != theirs[key]]
+        different = "; ".join(f"{key} {theirs[key]} there, {ours[key]} here" for key in keys)
         raise CheckpointError(f"--ckpt {folder}: made with another model: {different}")
     try:
         model.load_state_dict(load_file(folder / MLPS), strict=False)

@@ -25,6 +25,9 @@ class Precision:
     autocast: torch.dtype | None = None
     loss_scale: float = 1.0
 
+    def __str__(self) -> str:
+        return str(self.autocast or torch.float32).removeprefix("torch.")
+
 
 class Trainer:
     """A model in training: the step, and the number of steps done.
@@ -32,7 +35,7 @@ class Trainer:
     A batch is (dense float32 [B, 13], sparse int32 [B, 26], label float32 [B]) on the model's device.
     """
 
-    def __init__(self, model: DLRM, schedule: Schedule, precision: Precision = Precision()):  # noqa: B008 - frozen
+    def __init__(self, model: DLRM, schedule: Schedule, precision: Precision = Precision()):
         self.model, self.schedule, self.precision = model, schedule, precision
         self.device = model.embedding.weight.device
         self.optimizer = torch.optim.SGD(model.dense_parameters(), lr=0.0)

@@ -1,4 +1,4 @@
-"""Command-line flags of the training scripts: those of MLPerf v0.7 and DeepSparkHub, with their defaults, and a few more."""
+"""Flags of the training scripts: those of MLPerf v0.7 and DeepSparkHub with their defaults, and a few more."""
 
 import argparse
 

@@ -25,7 +25,7 @@ def auc(scores: torch.Tensor, labels: torch.Tensor) -> float:
         return float("nan")
     ordered, order = scores.sort()
     positive = labels[order].to(torch.int64)
-    # Ranks of equal scores are averaged: twice the mean rank of a run is the number below plus the number up to its end.
+    # Equal scores share their mean rank; twice that rank is whole: its run's first rank plus its last.
     _, run, sizes = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
     ends = sizes.cumsum(0)
     twice_rank = (2 * ends - sizes + 1)[run]

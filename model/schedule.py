@@ -37,8 +37,8 @@ class Schedule:
         found = []
         if self.warmup_steps >= total_steps:
             found.append(
-                f"the warm-up of {self.warmup_steps} steps outlasts the run of {total_steps}: the learning rate ends at "
-                f"{self.at(total_steps):.4g}, not {self.lr:g}; lower --warmup_steps"
+                f"the warm-up of {self.warmup_steps} steps outlasts the run of {total_steps}: the learning rate ends "
+                f"at {self.at(total_steps):.4g}, not {self.lr:g}; lower --warmup_steps"
             )
         if self.decay_steps and self.decay_start_step >= total_steps:
             found.append(

@@ -1,7 +1,7 @@
 """The DALI loader: an NVIDIA DALI pipeline reads blocks ahead and unpacks them; the same batches as load/cpu.py.
 
-One DALI sample is one block of rows, [B, 40]: with a row as the sample, its overhead per sample would cost ten times the
-work. The logarithm is left to the same function that the plain loader calls, so that the batches agree bit for bit.
+One DALI sample is one block of rows, [B, 40]: with a row as the sample, the overhead per sample would be ten times
+the work. The logarithm is left to the same function that the plain loader calls, so that the batches agree bit for bit.
 """
 
 from collections.abc import Iterator

@@ -1,0 +1,1 @@
+"""python -m bench: what this project claims, measured. One JSON line each."""
