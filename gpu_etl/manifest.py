@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from gpu_etl.errors import DataError
-from gpu_etl.schema import COLUMNS, FIRST_SPARSE, LOG_CONVENTION, RECORD_BYTES, RECORD_DTYPE, SPARSE
+from gpu_etl.schema import COLUMN_NAMES, COLUMNS, DENSE, LOG_CONVENTION, RECORD_BYTES, RECORD_DTYPE, SPARSE
 
 FILE_NAME = "manifest.json"
 VERSION = 1
@@ -69,13 +69,12 @@ def check_ids(records: np.ndarray, table_sizes: list[int], name: str, first_row:
     """Check labels and id ranges of records int32 [n, 40]. Raises DataError naming row, column, value and limit."""
     if not len(records):
         return
-    limits = np.array([2, *[np.iinfo(np.int32).max] * (FIRST_SPARSE - 1), *table_sizes], np.int64)
+    limits = np.array([2, *[2**31] * DENSE, *table_sizes], np.int64)
     wrong = (records < 0) | (records >= limits)
     if wrong.any():
         row, column = np.argwhere(wrong)[0]
-        where = f"C{column - FIRST_SPARSE + 1}" if column >= FIRST_SPARSE else f"I{column}" if column else "label"
         raise DataError(
-            f"{name}: row {first_row + row + 1}, column {where}: expected 0 to {limits[column] - 1}, "
+            f"{name}: row {first_row + row + 1}, column {COLUMN_NAMES[column]}: expected 0 to {limits[column] - 1}, "
             f"got {records[row, column]}; the table sizes do not belong to this file, or it is damaged"
         )
 

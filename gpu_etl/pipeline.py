@@ -18,7 +18,7 @@ from gpu_etl.schema import COLUMNS, PRESETS, Preset, split_file
 from gpu_etl.shuffle import Shuffler
 
 WORK = ".work"
-ENCODE_ROWS = 1 << 17
+ENCODE_ROWS = 1 << 15
 MIN_SLAB_BYTES = 1 << 10
 
 

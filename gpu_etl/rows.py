@@ -34,6 +34,12 @@ FAULT_HEX = 5
 
 
 @scalar
+def byte_at(text, position):
+    """text[position] as a 64-bit integer: as the uint8 that it is, it would wrap around below 0 in plain Python."""
+    return np.int64(text[position])
+
+
+@scalar
 def at_field_end(text, position, end):
     """Whether the field ends before text[position]: at a tab, or where the row ends."""
     return position >= end or text[position] == TAB
@@ -48,7 +54,7 @@ def parse_integer(text, position, end):
     first = position
     value = 0
     while not at_field_end(text, position, end):
-        digit = text[position] - ZERO
+        digit = byte_at(text, position) - ZERO
         if digit < 0 or digit > 9:
             return 0, FAULT_INTEGER, position
         if value <= INT32_MAX:
@@ -81,15 +87,15 @@ def parse_hex(text, position, end):
     if position + HEX_DIGITS <= end and at_field_end(text, position + HEX_DIGITS, end):
         # All real rows come here: a fixed count of branchless steps that compilers unroll and vectorise.
         for i in range(HEX_DIGITS):
-            digit = hex_digit(text[position + i])
+            digit = hex_digit(byte_at(text, position + i))
             wrong |= digit
             value |= digit << (28 - 4 * i)
-        if wrong > 15:
-            return 0, FAULT_HEX, position
-        return value, 0, position + HEX_DIGITS
+        if wrong <= 15:
+            return value, 0, position + HEX_DIGITS
+        value = wrong = 0  # no digit, or the tab after a shorter field
     first = position
     while not at_field_end(text, position, end):
-        digit = hex_digit(text[position])
+        digit = hex_digit(byte_at(text, position))
         wrong |= digit
         value = (value << 4 | digit) & UINT32_MASK
         position += 1
@@ -104,7 +110,7 @@ def parse_hex(text, position, end):
 def parse_label(text, position, end):
     """Label field at text[position] -> (0 or 1, fault kind, its end)."""
     if position < end and at_field_end(text, position + 1, end):
-        label = text[position] - ZERO
+        label = byte_at(text, position) - ZERO
         if label == 0 or label == 1:
             return label, 0, position + 1
     return 0, FAULT_LABEL, position

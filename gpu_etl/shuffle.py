@@ -14,7 +14,7 @@ from gpu_etl.schema import COLUMNS, RECORD_DTYPE
 
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 KEYED = np.dtype([("key", "<u8"), ("record", RECORD_DTYPE, (COLUMNS,))])
-BUCKET_BYTES = 256 << 20
+BUCKET_BYTES = 64 << 20
 MAX_BUCKETS = 512  # open files; beyond this, buckets grow instead
 
 

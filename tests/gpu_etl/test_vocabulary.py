@@ -1,0 +1,105 @@
+"""Counting, merging and numbering of category values."""
+
+import numpy as np
+import pytest
+
+from gpu_etl import cpu, rows, vocabulary
+from gpu_etl.errors import DataError
+from gpu_etl.schema import PRESETS, choose_preset
+from tests import reference
+
+
+def parsed(seed, rows_):
+    text = np.frombuffer(reference.write_rows(seed, rows_), np.uint8)
+    values, missing, codes = cpu.parse(text, cpu.find_rows(text))
+    assert not codes.any()
+    return values, missing
+
+
+def count(values, missing, preset, slab=0, workers=2, first_row=0):
+    counter = cpu.Counter(preset, workers)
+    slab = slab or len(values)
+    for begin in range(0, len(values), slab):
+        counter.add(values[begin : begin + slab], missing[begin : begin + slab], first_row + begin)
+    return counter.result()
+
+
+def same(a, b):
+    return all(
+        sorted(zip(x.keys, x.counts, x.first_rows, strict=True)) == sorted(zip(y.keys, y.counts, y.first_rows, strict=True))
+        for x, y in zip(a.columns, b.columns, strict=True)
+    )
+
+
+PRESET_CASES = [("mlperf", 0, 0), ("mlperf", 0, 100), ("count", 0, 0), ("count", 3, 0), ("count", 10, 50)]
+
+
+@pytest.mark.parametrize(("name", "min_count", "index_range"), PRESET_CASES)
+def test_ids_are_those_of_the_reference(name, min_count, index_range):
+    preset = choose_preset(name, min_count, index_range)
+    values, missing = parsed(7, 900)
+    words = vocabulary.build(count(values, missing, preset), preset)
+    expected = reference.vocabularies(
+        reference.read_rows(reference.write_rows(7, 900)), name, min_count, index_range
+    )
+    for c, ids in enumerate(expected):
+        found = {int(key): preset.first_id + i for i, key in enumerate(words.keys[c])}
+        assert found == ids
+        assert words.table_sizes[c] == max([0, *ids.values()]) + 1
+    lookup = words.lookup()
+    for c, ids in enumerate(expected):
+        for key in [*ids, 12345, 0xFFFFFFFE]:
+            slot = rows.find_slot(lookup.table, lookup.base[c], lookup.mask[c], key)
+            assert lookup.table[slot, 1] == (ids[key] + 1 if key in ids else 0)
+
+
+@pytest.mark.parametrize("slab", [1, 13, 512, 899])
+@pytest.mark.parametrize("workers", [1, 3, 99])
+def test_slabs_and_workers_do_not_matter(slab, workers):
+    values, missing = parsed(2, 900)
+    assert same(count(values, missing, PRESETS["count"], slab, workers), count(values, missing, PRESETS["count"]))
+
+
+def test_partial_counts_merge_in_any_order():
+    values, missing = parsed(4, 700)
+    preset = PRESETS["mlperf"]
+    whole = count(values, missing, preset)
+    parts = [count(values[a:b], missing[a:b], preset, first_row=a) for a, b in ((0, 100), (100, 101), (101, 700))]
+    assert same(parts[0].merge(parts[1]).merge(parts[2]), whole)
+    assert same(parts[2].merge(parts[0].merge(parts[1])), whole)
+
+
+def test_many_distinct_values_make_the_tables_grow():
+    n = 20_000
+    values = np.zeros((n, 40), np.uint32)
+    values[:, 14:] = (np.arange(n, dtype=np.uint32) * np.uint32(2654435761))[:, None]
+    values[:, 20] = 0xFFFFFFFF
+    found = count(values, np.zeros(n, np.uint64), PRESETS["mlperf"], slab=3000)
+    assert [len(column.keys) for column in found.columns] == [n] * 6 + [1] + [n] * 19
+    assert found.columns[6].keys.tolist() == [0xFFFFFFFF]
+    assert found.columns[6].counts.tolist() == [n]
+
+
+def test_saved_vocabulary_reads_back(tmp_path):
+    values, missing = parsed(7, 300)
+    words = vocabulary.build(count(values, missing, PRESETS["count"]), PRESETS["count"])
+    words.save(tmp_path)
+    again = vocabulary.Vocabulary.load(tmp_path)
+    assert again.first_id == words.first_id
+    assert all((a == b).all() for a, b in zip(again.keys + again.counts, words.keys + words.counts, strict=True))
+    with pytest.raises(DataError, match="no such file"):
+        vocabulary.Vocabulary.load(tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("none",), "expected one of"),
+        (("count", -1), "--min-count"),
+        (("count", None, -1), "--max-index-range"),
+        (("mlperf", 5), "no id for rare ones"),
+    ],
+)
+def test_presets_refuse_what_they_cannot_do(arguments, words):
+    with pytest.raises(DataError, match=words):
+        choose_preset(*arguments)

@@ -1,0 +1,119 @@
+"""Slow, obvious Python that everything is held against. Written from field.md alone; shares no code with the project."""
+
+import math
+import random
+from collections import Counter
+
+COLUMNS = 40
+FIELDS, LABEL, INTEGER, RANGE, HEX = "fields", "label", "integer", "range", "hex"
+DECIMAL, HEXADECIMAL = set(b"0123456789"), set(b"0123456789abcdefABCDEF")
+
+
+def parse_row(line: bytes):
+    """One row without newline -> ([40 values or None where empty], None), or (None, (fault, column))."""
+    fields = line.removesuffix(b"\r").split(b"\t")
+    if len(fields) != COLUMNS:
+        return None, (FIELDS, 0)
+    values = []
+    for column, field in enumerate(fields):
+        fault, value = None, None
+        if column == 0:
+            fault = None if field in (b"0", b"1") else LABEL
+            value = None if fault else int(field)
+        elif field and column < 14:
+            digits = field.removeprefix(b"-")
+            if not digits or not set(digits) <= DECIMAL:
+                fault = INTEGER
+            elif not -(2**31) <= int(field) < 2**31:
+                fault = RANGE
+            else:
+                value = int(field)
+        elif field:
+            if not set(field) <= HEXADECIMAL:
+                fault = HEX
+            elif len(field) > 8:
+                fault = RANGE
+            else:
+                value = int(field, 16)
+        if fault:
+            return None, (fault, column)
+        values.append(value)
+    return values, None
+
+
+def read_rows(text: bytes):
+    """All rows of a text, parsed; the last newline is optional."""
+    return [parse_row(line)[0] for line in text.removesuffix(b"\n").split(b"\n")]
+
+
+def vocabularies(rows, preset: str, min_count: int = 0, index_range: int = 0):
+    """{key: id} of each of the 26 columns, over all rows."""
+    found = []
+    for column in range(14, COLUMNS):
+        keys = [row[column] for row in rows]
+        if preset == "mlperf":
+            keys = [key or 0 for key in keys]
+        keys = [key % index_range if index_range else key for key in keys if key is not None]
+        counts = Counter(keys)  # in order of first appearance
+        kept = [key for key in counts if counts[key] >= min_count]
+        if preset == "count":
+            kept.sort(key=lambda key: (-counts[key], key))
+        found.append({key: i + (preset == "count") for i, key in enumerate(kept)})
+    return found
+
+
+def encode(rows, preset: str, min_count: int = 0, index_range: int = 0):
+    """Records, lists of 40, of all rows."""
+    words = vocabularies(rows, preset, min_count, index_range)
+    records = []
+    for row in rows:
+        record = [row[0]] + [max(value or 0, 0) for value in row[1:14]]
+        for column, ids in zip(range(14, COLUMNS), words, strict=True):
+            key = row[column]
+            if key is None and preset == "mlperf":
+                key = 0
+            if key is not None and index_range:
+                key %= index_range
+            record.append(ids.get(key, 0))
+        records.append(record)
+    return records
+
+
+def auc(scores, labels) -> float:
+    """Area under the ROC curve by comparing every positive with every negative."""
+    positives = [s for s, label in zip(scores, labels, strict=True) if label]
+    negatives = [s for s, label in zip(scores, labels, strict=True) if not label]
+    wins = sum((p > n) + 0.5 * (p == n) for p in positives for n in negatives)
+    return wins / (len(positives) * len(negatives))
+
+
+def learning_rate(step, lr, warmup, factor, start, steps, power, end):
+    """The schedule as field.md writes it: a factor of lr."""
+    if step <= warmup:
+        return lr * (1 - (warmup - step) / (warmup * 2**factor))
+    if step <= start or steps == 0:
+        return lr
+    if step <= start + steps:
+        return lr * max(((start + steps - step) / steps) ** power, end / lr)
+    return end
+
+
+def write_rows(seed: int, rows: int) -> bytes:
+    """Random rows of few distinct values: gaps, negatives, extremes, 0xffffffff, values below eight digits."""
+    rand = random.Random(seed)
+    lines = []
+    for _ in range(rows):
+        fields = [rand.choice("01")]
+        for _ in range(13):
+            fields.append(rand.choice(["", "0", "-1", "-2", "7", "123", str(2**31 - 1), str(-(2**31)), "65536"]))
+        for column in range(26):
+            popular = int(10 ** (rand.random() * (1 + column / 10)))
+            fields.append(rand.choice(["", "ffffffff", "00000000", "80000000", f"{popular * 2654435761 % 2**32:08x}",
+                                       f"{popular:x}"]))  # fmt: skip
+        lines.append("\t".join(fields))
+    return ("\n".join(lines) + "\n").encode()
+
+
+def log_dense(value: int) -> float:
+    """What the loaders make of a record's integer."""
+    return math.log(value + 1)
