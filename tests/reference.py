@@ -1,4 +1,4 @@
-"""Slow, obvious Python that everything is held against. Written from field.md alone; shares no code with the project."""
+"""Slow, obvious Python that everything is held against. Shares no code with the project."""
 
 import math
 import random
@@ -88,7 +88,7 @@ def auc(scores, labels) -> float:
 
 
 def learning_rate(step, lr, warmup, factor, start, steps, power, end):
-    """The schedule as field.md writes it: a factor of lr."""
+    """The schedule as MLPerf v0.7 defines it: a factor of lr."""
     if step <= warmup:
         return lr * (1 - (warmup - step) / (warmup * 2**factor))
     if step <= start or steps == 0:

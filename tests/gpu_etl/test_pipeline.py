@@ -44,7 +44,8 @@ def test_mlperf_preset_is_bit_equal_to_the_reference_preprocessing(samples, tmp_
     settings = replace(PLAIN, preset=choose_preset("mlperf", None, index_range), slab_bytes=100_000)
     made = encode_days(days, tmp_path / "set", settings)
     with np.load(samples / f"golden_mlperf_terabyte_5k{golden}.npz") as expected:
-        np.testing.assert_array_equal(all_records(tmp_path / "set"), np.concatenate([expected[f"day_{d}"] for d in range(3)]))
+        days_expected = np.concatenate([expected[f"day_{day}"] for day in range(3)])
+        np.testing.assert_array_equal(all_records(tmp_path / "set"), days_expected)
         assert made.table_sizes == expected["counts"].tolist()
     assert made.rows == {"train": 4001, "test": 500, "val": 499}
 
@@ -113,7 +114,9 @@ def test_one_file_cut_into_days(day_files, tmp_path):
     np.testing.assert_array_equal(all_records(tmp_path / "set"), all_records(tmp_path / "three"))
 
 
-@pytest.mark.parametrize(("rows", "days", "expected"), [(20, 7, [3, 3, 3, 3, 3, 3, 2]), (21, 7, [3] * 7), (8, 3, [3, 3, 2])])
+@pytest.mark.parametrize(
+    ("rows", "days", "expected"), [(20, 7, [3, 3, 3, 3, 3, 3, 2]), (21, 7, [3] * 7), (8, 3, [3, 3, 2])]
+)
 def test_equal_days(rows, days, expected):
     assert splits.equal_days(rows, days) == expected
 
@@ -215,11 +218,11 @@ def test_what_a_killed_run_left_is_cleared_away(day_files, tmp_path):
 
 
 ENCODE = """
-import resource, sys
+import re, sys
 from pathlib import Path
 from gpu_etl.pipeline import Settings, encode_days
 encode_days([Path(sys.argv[1]), Path(sys.argv[2])], Path(sys.argv[3]), Settings(slab_bytes=1 << 20, shuffle=False))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+print(1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]))
 """
 
 

@@ -40,7 +40,7 @@ def check(lines: list[bytes]):
 
 field = st.one_of(
     st.sampled_from([b"", b"0", b"1", b"-1", b"-", b"+1", b"--1", b"2147483647", b"2147483648", b"-2147483648",
-                     b"-2147483649", b"99999999999999999999", b"-0", b"007", b"ffffffff", b"FFFFffff", b"0", b"123456789",
+                     b"-2147483649", b"99999999999999999999", b"-0", b"007", b"ffffffff", b"FFFFffff", b"123456789",
                      b"g0000000", b"0000000g", b"12345678", b" 1", b"1.5", b"\xff", b"0x12", b"@", b"`", b"/", b":",
                      b"\r"]),
     st.binary(max_size=10).filter(lambda b: not set(b) & set(b"\t\n")),
@@ -71,7 +71,9 @@ def test_empty_row_all_missing_row_and_carriage_return():
     check([b"", b"\t" * 39, b"0" + b"\t" * 39, GOOD + b"\r", b"1" + b"\t" * 39 + b"\r"])
 
 
-@pytest.mark.parametrize("text", [b"", b"\n", b"a", b"a\n", b"\na", b"a\n\nb", b"x" * 200 + b"\n" + b"y" * 63, b"\n" * 130])
+@pytest.mark.parametrize(
+    "text", [b"", b"\n", b"a", b"a\n", b"\na", b"a\n\nb", b"x" * 200 + b"\n" + b"y" * 63, b"\n" * 130]
+)
 def test_rows_end_where_python_splits(text):
     lines = text.removesuffix(b"\n").split(b"\n") if text else []
     ends = cpu.find_rows(np.frombuffer(text, np.uint8))
