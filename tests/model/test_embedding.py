@@ -1,0 +1,51 @@
+"""The update fused into backward: exact SGD, duplicates included."""
+
+import pytest
+import torch
+
+from model.embedding import JointEmbedding, TorchEmbedding
+
+SIZES = (3, 1, 50)
+CASES = {
+    "random": lambda: torch.stack([torch.randint(size, (64,)) for size in SIZES], 1).int(),
+    "all the same row": lambda: torch.zeros(64, 3, dtype=torch.int32),
+    "one row of batch": lambda: torch.tensor([[2, 0, 49]], dtype=torch.int32),
+}
+
+
+@pytest.mark.parametrize("module", [JointEmbedding, TorchEmbedding])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dim", [1, 8, 33])
+def test_one_step_is_dense_sgd_in_float64(module, case, dim):
+    torch.manual_seed(1)
+    embedding = module(SIZES, dim, False)
+    embedding.lr.fill_(0.3)
+    ids = CASES[case]()
+    upstream = torch.randn(len(ids), 3, dim)
+    tables = [table.double().clone().requires_grad_() for table in embedding.tables()]
+    expected = torch.stack([table[ids[:, t].long()] for t, table in enumerate(tables)], 1)
+    vectors = embedding(ids)
+    torch.testing.assert_close(vectors.double(), expected.detach(), rtol=0, atol=0)
+    (expected * upstream.double()).sum().backward()
+    (vectors * upstream).sum().backward()
+    assert embedding.weight.grad is None
+    for table, before in zip(embedding.tables(), tables, strict=True):
+        torch.testing.assert_close(table.double(), before.detach() - 0.3 * before.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_not_looked_up_stay_as_they_are():
+    embedding = JointEmbedding(SIZES, 4, False)
+    embedding.lr.fill_(1.0)
+    before = embedding.weight.detach().clone()
+    embedding(torch.tensor([[1, 0, 7]], dtype=torch.int32)).sum().backward()
+    changed = (embedding.weight.detach() != before).any(1).nonzero().flatten().tolist()
+    assert changed == [1, 3, 3 + 1 + 7]
+
+
+def test_evaluation_leaves_the_tables_alone():
+    embedding = JointEmbedding(SIZES, 4, False)
+    embedding.lr.fill_(1.0)
+    before = embedding.weight.detach().clone()
+    with torch.no_grad():
+        embedding(CASES["random"]())
+    assert torch.equal(embedding.weight.detach(), before)

@@ -1,0 +1,146 @@
+"""train.py on encoded data, called as its users call it."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import train
+from gpu_etl.pipeline import Settings, encode_days
+from tests.conftest import ROOT
+
+QUICK = ["--batch_size", "64", "--test_batch_size", "100", "--lr", "0.1", "--warmup_steps", "2", "--auc_threshold", "1"]
+
+
+@pytest.fixture(scope="module")
+def folder(day_files, tmp_path_factory):
+    out = tmp_path_factory.mktemp("set")
+    encode_days(day_files, out, Settings())
+    return out
+
+
+def run(capsys, *words):
+    status = train.main([str(word) for word in words])
+    captured = capsys.readouterr()
+    return status, json.loads(captured.out.splitlines()[-1]) if captured.out else None, captured.err
+
+
+def test_one_epoch_by_default(folder, capsys):
+    status, result, words = run(capsys, "--dataset", folder, *QUICK)
+    assert status == 0 and result["steps"] == 13 and result["ended"] == "all epochs done"
+    assert result["test"]["rows"] == 126 and 0 <= result["test"]["auc"] <= 1 and result["test"]["log_loss"] > 0
+    assert len(result["validation"]) == 12 and result["validation"][0]["rows"] == 125
+    assert "by manifest.json" in words and "device cpu, float32" in words
+
+
+def test_the_ancestors_command_line(folder, tmp_path, capsys):
+    recipe = (
+        "--model_config dlrm/config/official_config.json --lr 0.1 --warmup_steps 2750 --decay_end_lr 0 "
+        "--decay_steps 27772 --decay_start_step 49315 --batch_size 2048 --epochs 2"
+    )
+    others = (
+        "--test_batch_size 131072 --warmup_factor 0 --decay_power 2 --dataset_type memmap --shuffle_batch_order=False "
+        "--nofp16 --loss_scale 1024 --device cpu --seed 1 --print_freq 1 --test_freq 1 --test_after 0.5 "
+        "--auc_threshold 0.8025 --nouse_embedding_ext --nosave_model --notest_only --output_dir"
+    )
+    status, result, words = run(capsys, "--dataset", folder, *recipe.split(), *others.split(), tmp_path)
+    assert status == 0 and result["steps"] == 2
+    assert "the warm-up of 2750 steps outlasts the run of 2" in words and "never reached in 2 steps" in words
+
+
+def test_fused_and_torch_embeddings_and_both_loaders_train_alike(folder, capsys):
+    results = [
+        run(capsys, "--dataset", folder, *QUICK, *more)[1]["test"]
+        for more in ([], ["--loader", "dali"], ["--nouse_embedding_ext"])
+    ]
+    assert results[0] == results[1]
+    assert results[2]["log_loss"] == pytest.approx(results[0]["log_loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize(("flag", "name"), [("--amp", "bfloat16"), ("--fp16", "float16")])
+def test_lower_precision_trains(folder, capsys, flag, name):
+    plain = run(capsys, "--dataset", folder, *QUICK)[1]
+    status, result, words = run(capsys, "--dataset", folder, *QUICK, flag)
+    assert status == 0 and f"device cpu, {name}" in words
+    assert result["test"]["log_loss"] == pytest.approx(plain["test"]["log_loss"], abs=0.05)
+
+
+def test_save_test_only_and_go_on(folder, tmp_path, capsys):
+    whole = run(capsys, "--dataset", folder, *QUICK, "--epochs", 2)[1]
+    saved = run(capsys, "--dataset", folder, *QUICK, "--save_model", "--output_dir", tmp_path)[1]
+    assert saved["checkpoint"] == str(tmp_path / "step_13")
+    tested = run(capsys, "--dataset", folder, *QUICK, "--test_only", "--ckpt", saved["checkpoint"])[1]
+    assert tested["test"] == saved["test"] and "steps" not in tested
+    resumed = run(capsys, "--dataset", folder, *QUICK, "--epochs", 2, "--ckpt", saved["checkpoint"])[1]
+    assert resumed["steps"] == 26 and resumed["test"] == whole["test"]
+    status, _, words = run(capsys, "--dataset", folder, *QUICK, "--batch_size", 32, "--ckpt", saved["checkpoint"])
+    assert status == 1 and "error: --ckpt" in words and "cannot go on" in words
+
+
+def test_profile(folder, tmp_path, capsys):
+    status, result, words = run(capsys, "--dataset", folder, *QUICK, "--profile_steps", 2, "--output_dir", tmp_path)
+    assert status == 0 and "aten::addmm" in words
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"] and result["profile"]
+
+
+def test_stops_at_the_auc_threshold(folder, capsys):
+    status, result, _ = run(capsys, "--dataset", folder, *QUICK, "--auc_threshold", "0.01", "--test_freq", 5)
+    assert status == 0 and result["steps"] == 5 and "reached at step 5" in result["ended"]
+
+
+def small_model(folder, sizes):
+    path = folder / "small.json"
+    path.write_text(json.dumps({
+        "num_numerical_features": 13, "categorical_feature_sizes": sizes, "bottom_mlp_sizes": [8, 4],
+        "top_mlp_sizes": [8, 1], "embedding_dim": 4,
+    }))  # fmt: skip
+    return path
+
+
+def test_foreign_data_set_takes_its_table_sizes_from_the_configuration(folder, tmp_path, capsys):
+    records = np.fromfile(folder / "terabyte_processed_train.bin", np.int32).reshape(-1, 40)
+    for name in ("train_data.bin", "test_data.bin"):
+        records.tofile(tmp_path / name)
+    sizes = (records[:, 14:].max(0) + 1).tolist()
+    good = small_model(tmp_path, sizes)
+    status, result, words = run(capsys, "--dataset", tmp_path, "--model_config", good, *QUICK)
+    assert status == 0 and f"embedding rows by {good}" in words and result["validation"][0]["rows"] == 801
+    sizes[6] -= 1
+    status, result, words = run(capsys, "--dataset", tmp_path, "--model_config", small_model(tmp_path, sizes), *QUICK)
+    assert status == 1 and result is None
+    assert f"column C7: expected 0 to {sizes[6] - 1}, got {sizes[6]}" in words
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--dataset", "/nowhere"], "no data set"),
+        (["--dataset", "SET", "--model_config", "unheard_of"], "the ones that come along are"),
+        (["--dataset", "SET", "--device", "cuda"], "torch finds no GPU"),
+        (["--dataset", "SET", "--amp", "--fp16"], "choose one"),
+        (["--dataset", "SET", "--test_only"], "expected --ckpt DIR"),
+        (["--dataset", "SET", "--ckpt", "/nowhere"], "expected a folder that --save_model wrote"),
+        (["--dataset", "SET", "--lr", "0"], "--lr: expected a number above 0"),
+        (["--dataset", "SET", "--dataset_type", "dist"], "change --dataset_type"),
+    ],
+)
+def test_errors(folder, capsys, words, message):
+    if "cuda" in words and train.torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    status, result, said = run(capsys, *(word.replace("SET", str(folder)) for word in words))
+    assert status == 1 and result is None and "error: " in said and message in said
+
+
+@pytest.mark.parametrize("words", [["--batch_size", "0"], ["--fp16=maybe"], ["--epochs", "x"], []])
+def test_flags_that_cannot_be(capsys, words):
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*words, *(["--dataset", "x"] if words else [])])
+    assert stopped.value.code == 2
+    assert "expected" in capsys.readouterr().err or not words
+
+
+def test_help_as_a_process():
+    done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "--decay_start_step" in done.stdout and "DeepSparkHub" in done.stdout
