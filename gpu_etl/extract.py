@@ -6,10 +6,13 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+from typing import Protocol
 
 import numpy as np
 from isal import igzip, isal_zlib
 
+from gpu_etl import faults
 from gpu_etl.errors import DataError
 
 NEWLINE = 10
@@ -17,12 +20,38 @@ TAIL_BYTES = 1 << 16
 GZIP_MAGIC = b"\x1f\x8b"
 
 
-@dataclass(frozen=True)
-class Slab:
-    """Whole rows of one day file: text uint8 [bytes]; `day` is the file's place in the list of inputs."""
+class Slab(Protocol):
+    """Some whole rows of one day. `day` is the file's place in the list of inputs; `end` is the place in the day behind
+    this slab (bytes of text, or rows of Parquet), from which read_day goes on if told to skip so far."""
 
     day: int
+    end: int
+
+    def parse(self, kernels: ModuleType) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """values uint32 [n, 40], missing uint64 [n], faults int32 [n], as kernels.parse gives them."""
+
+    def describe(self, row: int, code: int) -> str:
+        """Words for the fault `code` of row `row` of this slab."""
+
+
+@dataclass
+class TextSlab:
+    """A slab of text, uint8 [bytes]."""
+
+    day: int
+    end: int
     text: np.ndarray
+    _ends: np.ndarray | None = None
+
+    def parse(self, kernels: ModuleType) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """See Slab."""
+        self._ends = kernels.find_rows(self.text)
+        return kernels.parse(self.text, self._ends)
+
+    def describe(self, row: int, code: int) -> str:
+        """See Slab; parse comes first."""
+        begin = int(self._ends[row - 1]) + 1 if row else 0
+        return faults.describe(self.text, begin, int(self._ends[row]), code)
 
 
 @dataclass
@@ -93,8 +122,21 @@ def _last_newline(buffer: np.ndarray) -> int:
     return -1
 
 
-def _cut(stream, path: Path, day: int, slab_bytes: int) -> Iterator[Slab]:
-    """Slabs of at most `slab_bytes`, each but the last ending with a newline; the rest of a row moves to the next."""
+def _skip(stream, count: int) -> None:
+    """Read and forget `count` bytes."""
+    buffer = np.empty(min(count, 1 << 20), np.uint8)
+    while count:
+        done = _fill(stream, buffer[:count], 0)
+        if not done:
+            return
+        count -= done
+
+
+def _cut(stream, path: Path, day: int, slab_bytes: int, end: int) -> Iterator[TextSlab]:
+    """Slabs of at most `slab_bytes`, each but the last ending with a newline; the rest of a row moves to the next.
+
+    `end`: how many bytes of text came before.
+    """
     rest = np.empty(0, np.uint8)
     while True:
         buffer = np.empty(slab_bytes, np.uint8)
@@ -102,7 +144,7 @@ def _cut(stream, path: Path, day: int, slab_bytes: int) -> Iterator[Slab]:
         filled = _fill(stream, buffer, len(rest))
         if filled < slab_bytes:
             if filled:
-                yield Slab(day, buffer[:filled])
+                yield TextSlab(day, end + filled, buffer[:filled])
             return
         newline = _last_newline(buffer)
         if newline < 0:
@@ -111,18 +153,21 @@ def _cut(stream, path: Path, day: int, slab_bytes: int) -> Iterator[Slab]:
                 "If the file is right, raise --slab-bytes"
             )
         rest = buffer[newline + 1 :]
-        yield Slab(day, buffer[: newline + 1])
+        end += newline + 1
+        yield TextSlab(day, end, buffer[: newline + 1])
 
 
-def read_day(source: Source, day: int, slab_bytes: int) -> Iterator[Slab]:
-    """Slabs of one day file, text or gzip (told by its first bytes, not by its name).
+def read_day(source: Source, day: int, slab_bytes: int, skip: int = 0) -> Iterator[Slab]:
+    """Slabs of one day file, text or gzip (told by its first bytes, not by its name), from place `skip` on.
 
     Raises DataError where the compressed data are damaged or end early.
     """
     stream = io.BufferedReader(_ChecksummedFile(source), 1 << 20)
     try:
         is_gzip = stream.peek(2)[:2] == GZIP_MAGIC
-        yield from _cut(igzip.IGzipFile(fileobj=stream) if is_gzip else stream, source.path, day, slab_bytes)
+        text = igzip.IGzipFile(fileobj=stream) if is_gzip else stream
+        _skip(text, skip)
+        yield from _cut(text, source.path, day, slab_bytes, skip)
     except (EOFError, isal_zlib.error, igzip.BadGzipFile) as error:
         raise DataError(f"{source.path}: damaged or cut-off gzip file ({error}); fetch it again") from error
     finally:

@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 from tqdm import tqdm
 
-from gpu_etl import backend, faults, manifest, splits, vocabulary
+from gpu_etl import backend, manifest, splits, vocabulary
 from gpu_etl.errors import DataError
 from gpu_etl.extract import Slab, Source, open_sources, prefetch, read_days
 from gpu_etl.schema import COLUMNS, PRESETS, Preset, split_file
@@ -76,12 +76,10 @@ class Spill:
             file.close()
 
 
-def _raise_first_fault(slab: Slab, source: Source, ends: np.ndarray, codes: np.ndarray, rows_before: int) -> None:
+def _raise_first_fault(slab: Slab, source: Source, codes: np.ndarray, rows_before: int) -> None:
     bad = int(np.flatnonzero(codes)[0])
-    begin = int(ends[bad - 1]) + 1 if bad else 0
-    what = faults.describe(slab.text, begin, int(ends[bad]), codes[bad])
     raise DataError(
-        f"{source.path}: row {rows_before + bad + 1}: {what}. "
+        f"{source.path}: row {rows_before + bad + 1}: {slab.describe(bad, codes[bad])}. "
         "Expected the Criteo format: label, 13 integers, 26 hex categories, tab-separated"
     )
 
@@ -94,10 +92,9 @@ def _count_pass(
     day_rows = [0] * len(sources)
     with tqdm(total=sum(s.size for s in sources), unit="B", unit_scale=True, desc="count ", file=sys.stderr) as bar:
         for slab in prefetch(read_days(sources, settings.slab_bytes)):
-            ends = kernels.find_rows(slab.text)
-            values, missing, codes = kernels.parse(slab.text, ends)
+            values, missing, codes = slab.parse(kernels)
             if codes.any():
-                _raise_first_fault(slab, sources[slab.day], ends, codes, day_rows[slab.day])
+                _raise_first_fault(slab, sources[slab.day], codes, day_rows[slab.day])
             spill.add(values, missing)
             counter.add(values, missing, sum(day_rows))
             day_rows[slab.day] += len(values)

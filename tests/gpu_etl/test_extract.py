@@ -30,6 +30,18 @@ def test_slabs_are_the_text_cut_at_newlines(tmp_path, slab_bytes, text, packed):
     assert source.read == source.size == path.stat().st_size
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_reading_goes_on_behind_any_slab(tmp_path, packed):
+    path = tmp_path / "day"
+    path.write_bytes(igzip.compress(TEXT) if packed else TEXT)
+    (source,) = open_sources([path])
+    ends = [slab.end for slab in read_day(source, 0, 5000)]
+    assert len(ends) > 5 and ends[-1] == len(TEXT)
+    for end in ends:
+        rest = b"".join(slab.text.tobytes() for slab in read_day(open_sources([path])[0], 0, 3000, skip=end))
+        assert rest == TEXT[end:]
+
+
 def test_checksum_is_that_of_the_stored_bytes(tmp_path):
     import zlib
 
