@@ -170,7 +170,7 @@ class Counter:
 
 
 @compiled_parallel
-def _encode(values, missing, table, base, mask, missing_is_zero, index_range, records):
+def _encode(values, missing, table, base, mask, missing_is_zero, index_range, rare_id, shift, empty_value, records):
     blocks = (len(values) + COUNT_BLOCK - 1) // COUNT_BLOCK
     for block in numba.prange(blocks):
         begin = block * COUNT_BLOCK
@@ -178,22 +178,28 @@ def _encode(values, missing, table, base, mask, missing_is_zero, index_range, re
         for row in range(begin, end):
             records[row, 0] = values[row, 0]
             for column in range(FIRST_DENSE, FIRST_SPARSE):
-                records[row, column] = rows.dense_value(np.int64(values[row, column]))
+                empty = rows.is_missing(missing[row], column)
+                records[row, column] = rows.dense_value(np.int64(values[row, column]), empty, shift, empty_value)
         for c in range(base.size):
             column = FIRST_SPARSE + c
             for row in range(begin, end):
                 value = np.int64(values[row, column])
                 empty = rows.is_missing(missing[row], column)
                 records[row, column] = rows.encode_category(
-                    table, base[c], mask[c], value, empty, missing_is_zero, index_range
+                    table, base[c], mask[c], value, empty, missing_is_zero, index_range, rare_id
                 )
 
 
-def encode(values: np.ndarray, missing: np.ndarray, lookup: Lookup, preset: Preset) -> np.ndarray:
-    """Records int32 [n, 40] of a parsed slab (values uint32 [n, 40], missing uint64 [n])."""
+def encode(
+    values: np.ndarray, missing: np.ndarray, lookup: Lookup, preset: Preset, shift: int = 0, empty_value: int = 0
+) -> np.ndarray:
+    """Records int32 [n, 40] of a parsed slab (values uint32 [n, 40], missing uint64 [n]).
+
+    shift, empty_value: of the integers, see schema.Preset and rows.dense_value.
+    """
     records = np.empty(values.shape, np.int32)
     _encode(
         values, missing, lookup.table, lookup.base, lookup.mask,
-        preset.missing_is_zero, preset.max_index_range, records,
+        preset.missing_is_zero, preset.max_index_range, preset.rare_id, shift, empty_value, records,
     )  # fmt: skip
     return records

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Protocol
 
 import numpy as np
+import zstandard
 from isal import igzip, isal_zlib
 
 from gpu_etl import faults
@@ -17,7 +18,10 @@ from gpu_etl.errors import DataError
 
 NEWLINE = 10
 TAIL_BYTES = 1 << 16
+ZSTD_PIECE = 1 << 12
+PARQUET_MAGIC = b"PAR1"
 GZIP_MAGIC = b"\x1f\x8b"
+ZSTD_MAGICS = (b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18")  # a frame, and the note that pzstd writes before each frame
 
 
 class Slab(Protocol):
@@ -64,7 +68,7 @@ class Source:
     crc32: int = 0
 
 
-class _ChecksummedFile(io.RawIOBase):
+class ChecksummedFile(io.RawIOBase):
     """A source opened for reading that notes in it how far it was read and what the bytes sum up to."""
 
     def __init__(self, source: Source):
@@ -85,13 +89,51 @@ class _ChecksummedFile(io.RawIOBase):
         super().close()
 
 
+class _ZstdFile(io.RawIOBase):
+    """The text of a zstd file of one or more frames. Raises zstandard.ZstdError, or EOFError where a frame is cut off.
+
+    zstandard's own stream_reader takes a cut-off frame for the end of the file. Decompression objects do tell, but give
+    all text of a piece at once, up to 32768 times its bytes: the pieces have to be small.
+    """
+
+    def __init__(self, stored: io.BufferedReader):
+        self._stored = stored
+        self._piece = b""
+        self._frame = None
+        self._text = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._text:
+            self._piece = self._piece or self._stored.read(ZSTD_PIECE)
+            if not self._piece:
+                if self._frame is not None:
+                    raise EOFError("it ends inside a frame")
+                return 0
+            self._inflate()
+        count = min(len(buffer), len(self._text))
+        buffer[:count] = self._text[:count]
+        self._text = self._text[count:]
+        return count
+
+    def _inflate(self) -> None:
+        if self._frame is None:
+            self._frame = zstandard.ZstdDecompressor().decompressobj()
+        self._text = memoryview(self._frame.decompress(self._piece))
+        self._piece = b""
+        if self._frame.eof:
+            self._piece, self._frame = self._frame.unused_data, None
+
+
 def open_sources(paths: list[Path]) -> list[Source]:
     """Check that every input is a readable, non-empty file, and that none is named twice. Raises DataError if not."""
     sources: list[Source] = []
     for path in map(Path, paths):
         if not path.is_file():
             found = "a folder" if path.is_dir() else "nothing"
-            raise DataError(f"{path}: expected a day file (text or gzip), found {found}")
+            raise DataError(f"{path}: expected a day file (text, gzip, zstd or Parquet), found {found}")
         if any(path.samefile(other.path) for other in sources):
             raise DataError(f"{path}: the same day file is named twice")
         size = path.stat().st_size
@@ -122,7 +164,7 @@ def _last_newline(buffer: np.ndarray) -> int:
     return -1
 
 
-def _skip(stream, count: int) -> None:
+def skip_bytes(stream, count: int) -> None:
     """Read and forget `count` bytes."""
     buffer = np.empty(min(count, 1 << 20), np.uint8)
     while count:
@@ -157,21 +199,35 @@ def _cut(stream, path: Path, day: int, slab_bytes: int, end: int) -> Iterator[Te
         yield TextSlab(day, end, buffer[: newline + 1])
 
 
-def read_day(source: Source, day: int, slab_bytes: int, skip: int = 0) -> Iterator[Slab]:
-    """Slabs of one day file, text or gzip (told by its first bytes, not by its name), from place `skip` on.
-
-    Raises DataError where the compressed data are damaged or end early.
-    """
-    stream = io.BufferedReader(_ChecksummedFile(source), 1 << 20)
+def _read_text(source: Source, day: int, slab_bytes: int, skip: int, packing: str) -> Iterator[TextSlab]:
+    """Slabs of a day of text; packing: "gzip", "zstd" or "" (none)."""
+    stream = io.BufferedReader(ChecksummedFile(source), 1 << 20)
     try:
-        is_gzip = stream.peek(2)[:2] == GZIP_MAGIC
-        text = igzip.IGzipFile(fileobj=stream) if is_gzip else stream
-        _skip(text, skip)
+        text = stream
+        if packing:
+            text = igzip.IGzipFile(fileobj=stream) if packing == "gzip" else _ZstdFile(stream)
+        skip_bytes(text, skip)
         yield from _cut(text, source.path, day, slab_bytes, skip)
-    except (EOFError, isal_zlib.error, igzip.BadGzipFile) as error:
-        raise DataError(f"{source.path}: damaged or cut-off gzip file ({error}); fetch it again") from error
+    except (EOFError, isal_zlib.error, igzip.BadGzipFile, zstandard.ZstdError) as error:
+        raise DataError(f"{source.path}: damaged or cut-off {packing} file ({error}); fetch it again") from error
     finally:
         stream.close()
+
+
+def read_day(source: Source, day: int, slab_bytes: int, skip: int = 0) -> Iterator[Slab]:
+    """Slabs of one day file: text, gzip, zstd or Parquet, told by its first bytes, not its name; from place `skip` on.
+
+    Raises DataError where packed data are damaged or end early, and where a Parquet file has not the 40 columns.
+    """
+    with open(source.path, "rb") as file:
+        magic = file.read(4)
+    if magic == PARQUET_MAGIC:
+        from gpu_etl.parquet import read_parquet  # here, as it needs this module, and text does without pyarrow
+
+        yield from read_parquet(source, day, slab_bytes, skip)
+    else:
+        packing = "gzip" if magic[:2] == GZIP_MAGIC else "zstd" if magic in ZSTD_MAGICS else ""
+        yield from _read_text(source, day, slab_bytes, skip, packing)
 
 
 def read_days(sources: list[Source], slab_bytes: int) -> Iterator[Slab]:

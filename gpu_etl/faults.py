@@ -11,6 +11,13 @@ EXPECTED = {
     rows.FAULT_RANGE: "expected at most 32 bits: an integer from -2147483648 to 2147483647, or up to 8 hex digits",
     rows.FAULT_HEX: "expected up to 8 hex digits or nothing",
 }
+REASONS = {
+    rows.FAULT_FIELDS: "wrong number of fields",
+    rows.FAULT_LABEL: "bad label",
+    rows.FAULT_INTEGER: "bad integer",
+    rows.FAULT_RANGE: "out of range",
+    rows.FAULT_HEX: "bad hex digits",
+}
 SHOWN = 80
 
 

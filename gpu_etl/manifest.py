@@ -1,4 +1,4 @@
-"""manifest.json: what a data set holds and everything that shaped it; read, write, verify."""
+"""manifest.json: what a data set holds and everything that shaped it; read and write."""
 
 import hashlib
 import json
@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from gpu_etl.errors import DataError
-from gpu_etl.schema import COLUMN_NAMES, COLUMNS, DENSE, LOG_CONVENTION, RECORD_BYTES, RECORD_DTYPE, SPARSE
+from gpu_etl.schema import COLUMN_NAMES, DENSE
 
 FILE_NAME = "manifest.json"
 VERSION = 1
-CHECK_ROWS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,6 @@ class Manifest:
     sources: list[dict]
     files: dict[str, dict]
     version: int = VERSION
-    record_bytes: int = RECORD_BYTES
-    dense: str = LOG_CONVENTION
 
     def write(self, folder: Path) -> None:
         """Write FILE_NAME into the folder, whole or not at all."""
@@ -77,29 +74,3 @@ def check_ids(records: np.ndarray, table_sizes: list[int], name: str, first_row:
             f"{name}: row {first_row + row + 1}, column {COLUMN_NAMES[column]}: expected 0 to {limits[column] - 1}, "
             f"got {records[row, column]}; the table sizes do not belong to this file, or it is damaged"
         )
-
-
-def verify(folder: Path, progress=lambda rows: None) -> dict:
-    """Check a data set against its manifest: sizes, checksums, labels and ids. Returns what was checked.
-
-    `progress` is called with the number of rows checked since the last call. Raises DataError at the first mismatch.
-    """
-    folder = Path(folder)
-    manifest = Manifest.read(folder)
-    if len(manifest.table_sizes) != SPARSE:
-        raise DataError(f"{folder}: expected {SPARSE} table sizes in the manifest, got {len(manifest.table_sizes)}")
-    for name, expected in manifest.files.items():
-        path = folder / name
-        if not path.is_file():
-            raise DataError(f"{path}: no such file, but the manifest lists it; encode the days again")
-        found = describe_file(path)
-        if found != expected:
-            raise DataError(f"{path}: expected {expected}, found {found}; the file was changed or damaged")
-        if not name.endswith(".bin"):
-            continue
-        for begin in range(0, found["bytes"] // RECORD_BYTES, CHECK_ROWS):
-            records = np.fromfile(path, RECORD_DTYPE, CHECK_ROWS * COLUMNS, offset=begin * RECORD_BYTES)
-            records = records.reshape(-1, COLUMNS)
-            check_ids(records, manifest.table_sizes, str(path), begin)
-            progress(len(records))
-    return {"rows": manifest.rows, "files": len(manifest.files), "table_sizes": manifest.table_sizes}

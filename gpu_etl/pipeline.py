@@ -1,194 +1,273 @@
-"""The two passes over raw days: count (parse, spill, count values) and encode (ids, records, shuffle)."""
+"""Raw days -> data set: checks, the count pass, the encode pass, and the final names, each resumable."""
 
-import os
+import json
+import resource
 import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+import time
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import ModuleType
 
-import numpy as np
-from tqdm import tqdm
-
-from gpu_etl import backend, manifest, splits, vocabulary
+from gpu_etl import backend, formats, manifest, splits, vocabulary
+from gpu_etl.counting import CountPass, Tally
+from gpu_etl.encoding import ENCODE_ROWS, EncodePass, segments
 from gpu_etl.errors import DataError
-from gpu_etl.extract import Slab, Source, open_sources, prefetch, read_days
-from gpu_etl.schema import COLUMNS, PRESETS, Preset, split_file
-from gpu_etl.shuffle import Shuffler
+from gpu_etl.extract import Source, open_sources
+from gpu_etl.journal import Journal
+from gpu_etl.schema import PRESETS, RECORD_BYTES, Preset
+from gpu_etl.shuffle import BUCKET_BYTES, NUMBERED
+from gpu_etl.spill import MISSING_BYTES, VALUE_BYTES
 
 WORK = ".work"
-ENCODE_ROWS = 1 << 15
+JOB, JOURNAL = "job.json", "journal.jsonl"
 MIN_SLAB_BYTES = 1 << 10
+BAD_ROWS = ("error", "skip")
+LEAST_ROW_BYTES = {".gz": 80, ".zst": 70, ".parquet": 60}  # a row is rarely smaller than this in such a file
+LEAST_TEXT_ROW_BYTES = 200
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that shapes the encoded bytes (preset, days, shuffle, seed), and what does not (the rest).
+    """Everything that shapes the encoded bytes, and what does not: device, workers, slab_bytes, max_bad_rows.
 
-    days: cut the one input file into so many days; 0: every file is a day. workers: CPU threads, 0 for all cores.
+    days: cut the one input file into so many days; 0: every file is a day. fractions: shares of all rows that train,
+    test and validate, in file order, instead of halving the last day. form: one of formats.FORMS. bad_rows: "error" or
+    "skip", up to max_bad_rows. workers: CPU threads, 0 for all cores.
     """
 
     preset: Preset = PRESETS["count"]
     days: int = 0
+    fractions: tuple[float, ...] = ()
     shuffle: bool = True
     seed: int = 0
+    form: str = "records"
+    bad_rows: str = "error"
+    max_bad_rows: int = 1000
     device: str = "auto"
     workers: int = 0
     slab_bytes: int = 16 << 20
 
     def check(self, inputs: int) -> None:
         """Raise DataError where a setting is out of range or does not fit the number of input files."""
+        self.preset.check()
         if self.slab_bytes < MIN_SLAB_BYTES:
             raise DataError(f"--slab-bytes: expected {MIN_SLAB_BYTES} or more, got {self.slab_bytes}")
         if self.workers < 0:
             raise DataError(f"--workers: expected 0 (all cores) or more, got {self.workers}")
+        if self.form not in formats.FORMS:
+            raise DataError(f"--format: expected one of {', '.join(formats.FORMS)}, got {self.form!r}")
+        if self.bad_rows not in BAD_ROWS or self.max_bad_rows < 0:
+            raise DataError(f"--bad-rows: expected {' or '.join(BAD_ROWS)}, with --max-bad-rows 0 or more")
         if self.days and (self.days < 2 or inputs != 1):
             raise DataError(
                 f"--days {self.days} with {inputs} input files: expected one file to cut into 2 or more days"
             )
+        shares = self.fractions
+        if shares and (len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-9):
+            raise DataError(f"--fractions {shares}: expected three shares (train, test, val) that add up to 1")
+        if self.fractions and self.days:
+            raise DataError("--fractions and --days: choose one")
+        if self.days and self.preset.sample != self.preset.sample_last:
+            raise DataError(
+                f"--days with --sample {self.preset.sample} --sample-last {self.preset.sample_last}: where the last "
+                "day of one file begins is not known before it was read; give both the same value"
+            )
 
     def shaping(self) -> dict:
         """The part that the manifest records."""
-        return {"preset": asdict(self.preset), "days": self.days, "shuffle": self.shuffle, "seed": self.seed}
+        return {
+            "preset": asdict(self.preset), "days": self.days, "fractions": list(self.fractions),
+            "shuffle": self.shuffle, "seed": self.seed, "format": self.form,
+            "integers": "log(x + 1)" if formats.FORMS[self.form].logged else "unlogged; loaders take log(x + 1)",
+            "bad_rows": self.bad_rows,
+        }  # fmt: skip
 
 
-class Spill:
-    """Parsed rows on disk between the passes: values uint32 [n, 40] and missing uint64 [n], 168 B a row."""
+@dataclass
+class Report:
+    """What a run cost: seconds by stage (of this process only), peak memory in bytes, distinct values per column."""
 
-    def __init__(self, folder: Path):
-        self._paths = folder / "values", folder / "missing"
-        self._files = [open(path, "wb") for path in self._paths]  # noqa: SIM115 - closed in close()
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_bytes: int = 0
+    distinct: list[int] = field(default_factory=list)
+    resumed: bool = False
 
-    def add(self, values: np.ndarray, missing: np.ndarray) -> None:
-        """Append a slab."""
-        values.tofile(self._files[0])
-        missing.tofile(self._files[1])
-
-    def read(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows begin to end."""
-        values = np.fromfile(self._paths[0], np.uint32, (end - begin) * COLUMNS, offset=begin * COLUMNS * 4)
-        return values.reshape(-1, COLUMNS), np.fromfile(self._paths[1], np.uint64, end - begin, offset=begin * 8)
-
-    def close(self) -> None:
-        """End writing; reading goes on."""
-        for file in self._files:
-            file.close()
+    @contextmanager
+    def stage(self, name: str):
+        """Time a stage."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = round(time.perf_counter() - start, 3)
+        self.peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _raise_first_fault(slab: Slab, source: Source, codes: np.ndarray, rows_before: int) -> None:
-    bad = int(np.flatnonzero(codes)[0])
+def _job(sources: list[Source], settings: Settings) -> dict:
+    """What makes an unfinished run the same run."""
+    return {
+        "settings": settings.shaping(),
+        "sources": [{"file": source.path.name, "bytes": source.size} for source in sources],
+        "layout": [ENCODE_ROWS, BUCKET_BYTES],
+    }
+
+
+def _finished(out: Path, job: dict) -> manifest.Manifest | None:
+    """The manifest in `out`, if this very job made it. Raises DataError where another one did."""
+    if not (out / manifest.FILE_NAME).exists():
+        return None
+    found = manifest.Manifest.read(out)
+    sources = [{"file": source["file"], "bytes": source["bytes"]} for source in found.sources]
+    if found.settings == job["settings"] and sources == job["sources"]:
+        return found
     raise DataError(
-        f"{source.path}: row {rows_before + bad + 1}: {slab.describe(bad, codes[bad])}. "
-        "Expected the Criteo format: label, 13 integers, 26 hex categories, tab-separated"
+        f"{out}: a finished data set is there already, made of other files or with other settings; "
+        "choose another --out, or delete it first"
     )
 
 
-def _count_pass(
-    kernels: ModuleType, sources: list[Source], settings: Settings, spill: Spill, workers: int
-) -> tuple[vocabulary.Counts, list[int]]:
-    """Parse all days into the spill and count their values. Returns the counts and the rows of each day file."""
-    counter = kernels.Counter(settings.preset, workers)
-    day_rows = [0] * len(sources)
-    with tqdm(total=sum(s.size for s in sources), unit="B", unit_scale=True, desc="count ", file=sys.stderr) as bar:
-        for slab in prefetch(read_days(sources, settings.slab_bytes)):
-            values, missing, codes = slab.parse(kernels)
-            if codes.any():
-                _raise_first_fault(slab, sources[slab.day], codes, day_rows[slab.day])
-            spill.add(values, missing)
-            counter.add(values, missing, sum(day_rows))
-            day_rows[slab.day] += len(values)
-            bar.set_postfix_str(f"{sum(day_rows):,} rows", refresh=False)
-            bar.update(sum(s.read for s in sources) - bar.n)
-    spill.close()
-    return counter.result(), day_rows
+def _check_space(out: Path, sources: list[Source]) -> None:
+    """Raise DataError where the disk cannot hold what the days will become, at a guess that errs to the low side."""
+    rows = sum(s.size // LEAST_ROW_BYTES.get(s.path.suffix, LEAST_TEXT_ROW_BYTES * 2) for s in sources)
+    need = rows * (VALUE_BYTES + MISSING_BYTES + RECORD_BYTES)
+    free = shutil.disk_usage(out).free
+    if free < need:
+        raise DataError(
+            f"{out}: about {need / 1e9:.0f} GB needed ({VALUE_BYTES + MISSING_BYTES} B a row while it runs, "
+            f"{NUMBERED.itemsize} B a training row to shuffle, {RECORD_BYTES} B a row of result), {free / 1e9:.0f} GB "
+            "free; choose another --out"
+        )
 
 
-def _write_split(records: Iterator[np.ndarray], path: Path) -> None:
-    with open(path, "wb") as file:
-        for block in records:
-            block.tofile(file)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _encode_pass(
-    kernels: ModuleType, spill: Spill, ranges: dict, lookup: vocabulary.Lookup, settings: Settings, work: Path
-) -> None:
-    """Encode the spill's row ranges into one file of records per split, in `work`."""
-
-    def encoded(begin: int, end: int) -> Iterator[np.ndarray]:
-        for start in range(begin, end, ENCODE_ROWS):
-            stop = min(start + ENCODE_ROWS, end)
-            yield kernels.encode(*spill.read(start, stop), lookup, settings.preset)
-            bar.update(stop - start)
-
-    with tqdm(total=ranges["val"][1], unit="rows", unit_scale=True, desc="encode", file=sys.stderr) as bar:
-        for split, (begin, end) in ranges.items():
-            records = encoded(begin, end)
-            if split == "train" and settings.shuffle:
-                shuffler = Shuffler(work, end - begin, settings.seed)
-                for block in records:
-                    shuffler.add(block)
-                records = shuffler.shuffled()
-            _write_split(records, work / split_file(split))
-
-
-def _prepare(out: Path) -> Path:
-    """Make the output folder and an empty work folder in it. Raises DataError where a finished data set is there."""
-    if (out / manifest.FILE_NAME).exists():
-        raise DataError(f"{out}: a finished data set is there already; choose another --out, or delete it first")
+def _prepare(out: Path, job: dict, sources: list[Source]) -> Path:
+    """The work folder, new or with an earlier run of this job in it. Raises DataError where another job's is there."""
     work = out / WORK
     try:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
+        work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"{out}: cannot write there ({error.strerror}); choose another --out") from error
+    if (work / JOB).exists():
+        there = json.loads((work / JOB).read_text())
+        if there != job:
+            different = [key for key in job if there.get(key) != job[key]]
+            raise DataError(
+                f"{work}: holds an unfinished run with other {' and '.join(different)}; "
+                "repeat that command to end it, or delete this folder"
+            )
+        return work
+    _check_space(out, sources)
+    temporary = work / (JOB + ".part")
+    temporary.write_text(json.dumps(job))
+    temporary.rename(work / JOB)
     return work
+
+
+def _count(counting: CountPass, settings: Settings, journal: Journal, work: Path, report: Report) -> list[int]:
+    """The count pass and the vocabulary, unless an earlier run made them; returns the table sizes."""
+    if not journal.all("counted"):
+        with report.stage("count"):
+            counts = counting.run(settings.slab_bytes)
+        with report.stage("vocabulary"):
+            words = vocabulary.build(counts, settings.preset)
+            words.save(work)
+        distinct = [len(column.keys) for column in counts.columns]
+        journal.record(counted={"distinct": distinct, "table_sizes": words.table_sizes})
+    (counted,) = journal.all("counted")
+    report.distinct = counted["distinct"]
+    return counted["table_sizes"]
+
+
+def _ranges(tallies: list[Tally], settings: Settings) -> dict[str, tuple[int, int]]:
+    """Rows of each split."""
+    day_rows = [tally.kept for tally in tallies]
+    if settings.fractions:
+        return splits.by_fractions(sum(day_rows), settings.fractions)
+    if settings.days:
+        day_rows = splits.equal_days(sum(day_rows), settings.days)
+    return splits.by_last_day(day_rows, settings.preset.last_day)
+
+
+def _run(
+    journal: Journal, work: Path, out: Path, sources: list[Source], settings: Settings, report: Report
+) -> manifest.Manifest:
+    """Both passes, or what is left of them, and the final names."""
+    kernels = backend.device(settings.device)
+    workers = kernels.set_threads(settings.workers)
+    preset, form = settings.preset, settings.form
+    counting = CountPass(
+        kernels, sources, preset, settings.seed, journal, work, workers, settings.bad_rows, settings.max_bad_rows
+    )
+    table_sizes = _count(counting, settings, journal, work, report)
+    tallies = counting.tallies
+    ranges = _ranges(tallies, settings)
+    if not journal.all("files"):
+        with report.stage("encode"):
+            parts = segments([t.kept for t in tallies], [t.smallest for t in tallies], preset)
+            words = vocabulary.Vocabulary.load(work)
+            encoding = EncodePass(kernels, counting.spill, words, preset, parts, form, journal, work)
+            for split, (begin, end) in ranges.items():
+                encoding.run(split, begin, end, settings.seed if settings.shuffle and split == "train" else None)
+        with report.stage("checksums"):
+            extra = formats.extra_files(form, table_sizes)
+            for name, text in extra.items():
+                (work / name).write_text(text)
+            names = [name for split in ranges for name in formats.files(form, split)]
+            names += [vocabulary.FILE_NAME, *extra]
+            journal.record(files={name: manifest.describe_file(work / name) for name in names})
+    (files,) = journal.all("files")
+    result = _describe(sources, tallies, ranges, table_sizes, files, settings)
+    _publish(work, out, result)
+    return result
+
+
+def _describe(sources, tallies: list[Tally], ranges, table_sizes, files, settings: Settings) -> manifest.Manifest:
+    return manifest.Manifest(
+        rows={split: end - begin for split, (begin, end) in ranges.items()},
+        table_sizes=table_sizes,
+        settings=settings.shaping(),
+        sources=[
+            {"file": s.path.name, "bytes": s.size, "crc32": t.crc32, "rows": t.read, "dropped": t.reasons()}
+            for s, t in zip(sources, tallies, strict=True)
+        ],
+        files=files,
+    )
 
 
 def _publish(work: Path, out: Path, description: manifest.Manifest) -> None:
     """Give all files their final names; the manifest comes last and marks the data set as whole."""
     for name in description.files:
-        (work / name).rename(out / name)
+        (out / name).parent.mkdir(exist_ok=True)
+        if (work / name).exists():
+            (work / name).rename(out / name)
     description.write(out)
 
 
-def encode_days(inputs: list[Path], out: Path, settings: Settings) -> manifest.Manifest:
-    """Encode raw day files into a data set in folder `out`. Returns its manifest.
+def encode_days(inputs: list[Path], out: Path, settings: Settings) -> tuple[manifest.Manifest, Report]:
+    """Encode raw day files into a data set in folder `out`. Returns its manifest and what it cost.
 
     Memory: a few slabs, the vocabulary, one shuffle bucket. Disk, beside the result: 168 B a row while it runs, and
-    168 B a training row for the shuffle. Raises DataError on bad input or settings; nothing stays in `out` then.
+    168 B a training row for the shuffle. A run that was killed, or whose disk was full, goes on where it was when it is
+    started again, and ends with the same bytes. Raises DataError on bad input or settings; nothing stays in `out` then.
     """
     settings.check(len(inputs))
     sources = open_sources(inputs)
-    kernels = backend.device(settings.device)
-    workers = kernels.set_threads(settings.workers)
-    out = Path(out)
+    out, report = Path(out), Report()
     existed = out.exists()
-    work = _prepare(out)
-    try:
-        spill = Spill(work)
-        counts, day_rows = _count_pass(kernels, sources, settings, spill, workers)
-        ranges = splits.plan(splits.equal_days(sum(day_rows), settings.days) if settings.days else day_rows)
-        words = vocabulary.build(counts, settings.preset)
-        words.save(work)
-        _encode_pass(kernels, spill, ranges, words.lookup(), settings, work)
-        names = [split_file(split) for split in ranges] + [vocabulary.FILE_NAME]
-        described = [
-            {"file": s.path.name, "bytes": s.size, "rows": n, "crc32": f"{s.crc32:08x}"}
-            for s, n in zip(sources, day_rows, strict=True)
-        ]
-        result = manifest.Manifest(
-            rows={split: end - begin for split, (begin, end) in ranges.items()},
-            table_sizes=words.table_sizes,
-            settings=settings.shaping(),
-            sources=described,
-            files={name: manifest.describe_file(work / name) for name in names},
-        )
-        _publish(work, out, result)
-        return result
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        if not existed and out.exists() and not any(out.iterdir()):
-            out.rmdir()
+    job = _job(sources, settings)
+    result = _finished(out, job)
+    if result is None:
+        work = _prepare(out, job, sources)
+        journal = Journal(work / JOURNAL)
+        report.resumed = bool(journal.events)
+        try:
+            result = _run(journal, work, out, sources, settings, report)
+        except DataError:
+            shutil.rmtree(work, ignore_errors=True)
+            if not existed and not any(out.iterdir()):
+                out.rmdir()
+            raise
+        finally:
+            journal.close()
+    else:
+        print(f"{out}: finished already, by the same command", file=sys.stderr)
+    shutil.rmtree(out / WORK, ignore_errors=True)
+    return result, report

@@ -163,11 +163,14 @@ def parse_row(text, begin, end, row, values, missing):
 
 
 @scalar
-def dense_value(value):
-    """What the record keeps of a parsed integer column (uint32, two's complement): itself, or 0 if negative."""
+def dense_value(value, empty, shift, empty_value):
+    """What the record keeps of a parsed integer column (uint32, two's complement): max(integer + shift, 0), or
+    empty_value, held within int32."""
+    if empty:
+        return empty_value
     if value > INT32_MAX:
-        return 0
-    return value
+        value -= UINT32_MASK + 1
+    return min(max(value + shift, 0), INT32_MAX)
 
 
 @scalar
@@ -206,12 +209,12 @@ def find_slot(table, base, mask, key):
 
 
 @scalar
-def encode_category(table, base, mask, value, empty, missing_is_zero, max_index_range):
-    """Id of one category field: what the table holds (payload - 1), or 0 for a missing or unlisted value."""
+def encode_category(table, base, mask, value, empty, missing_is_zero, max_index_range, rare_id):
+    """Id of one category field: what the table holds (payload - 1), or rare_id for a missing or unlisted value."""
     if empty and not missing_is_zero:
-        return 0
+        return rare_id
     slot = find_slot(table, base, mask, category_key(value, max_index_range))
     payload = table[slot, 1]
     if payload == 0:
-        return 0
+        return rare_id
     return payload - 1

@@ -9,18 +9,33 @@ def equal_days(rows: int, days: int) -> list[int]:
     return [rows // days + (day < rows % days) for day in range(days)]
 
 
-def plan(day_rows: list[int]) -> dict[str, tuple[int, int]]:
-    """Row range (begin, end) of each split: all days but the last train, the first half of the last one (rounded up)
-    tests, its other half validates.
+def by_last_day(day_rows: list[int], rule: str) -> dict[str, tuple[int, int]]:
+    """Row range (begin, end) of each split: all days but the last train; the last one is halved.
 
-    Raises DataError where there is no training or no test row.
+    rule: "test-ceil" and "test-floor" make its first half the test split, rounded up or down; "val-ceil" makes its
+    first half, rounded up, the validation split. Raises DataError where there is no training or no test row.
     """
     total = sum(day_rows)
-    train = total - day_rows[-1]
-    test = train + (day_rows[-1] + 1) // 2
-    if not 0 < train < total:
+    last = day_rows[-1]
+    train = total - last
+    middle = train + (last // 2 if rule == "test-floor" else (last + 1) // 2)
+    first, second = (train, middle), (middle, total)
+    test, val = (second, first) if rule == "val-ceil" else (first, second)
+    if not train or test[0] == test[1]:
         raise DataError(
             f"expected two days or more with rows in them (the last one tests), got days of {day_rows} rows; "
             "name more day files, or cut one file into N days with --days N"
         )
-    return {"train": (0, train), "test": (train, test), "val": (test, total)}
+    return {"train": (0, train), "test": test, "val": val}
+
+
+def by_fractions(rows: int, fractions: tuple[float, ...]) -> dict[str, tuple[int, int]]:
+    """Row range (begin, end) of each split: shares (train, test, val) of all rows in file order, rounded.
+
+    Raises DataError where there is no training or no test row.
+    """
+    train = round(rows * fractions[0])
+    test = train + round(rows * fractions[1])
+    if not 0 < train < test <= rows:
+        raise DataError(f"--fractions {fractions}: expected rows to train and to test on, out of {rows} rows")
+    return {"train": (0, train), "test": (train, test), "val": (test, rows)}

@@ -249,7 +249,7 @@ def _describe(truth: np.ndarray) -> dict:
 def write_days(out: Path, rows: int, days: int, seed: int, compress: bool) -> dict:
     """Write day_0 ... (.gz) and their truth into folder `out`; returns what TRUTH_FILE holds.
 
-    day_N.probability.npy: float32 [rows of the day], each row's true click probability. TRUTH_FILE: best AUC and log
+    probability_day_N.npy: float32 [rows of the day], each row's true click probability. TRUTH_FILE: best AUC and log
     loss, by day and for the rows that `encode` makes the test and validation splits, with and without the pairs' part.
     The same rows, days and seed make the same bytes. Raises DataError for fewer than two days or ten rows a day.
     """
@@ -268,7 +268,7 @@ def write_days(out: Path, rows: int, days: int, seed: int, compress: bool) -> di
         ]
         truths = [job.result() for job in jobs]
     for path, truth in zip(paths, truths, strict=True):
-        np.save(out / f"{path.name.removesuffix('.gz')}.probability.npy", truth[:, 0].astype(np.float32))
+        np.save(out / f"probability_{path.name.removesuffix('.gz')}.npy", truth[:, 0].astype(np.float32))
     half = (len(truths[-1]) + 1) // 2
     described = {
         "seed": seed,

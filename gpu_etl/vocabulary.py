@@ -111,6 +111,8 @@ def build(counts: Counts, preset: Preset) -> Vocabulary:
         kept = np.flatnonzero(column.counts >= preset.min_count)
         order_by = -column.counts[kept] if preset.order == "count" else column.first_rows[kept]
         kept = kept[np.lexsort((column.keys[kept], order_by))]
+        if preset.max_table_size:
+            kept = kept[: preset.max_table_size - preset.first_id]
         keys.append(column.keys[kept])
         kept_counts.append(column.counts[kept])
     return Vocabulary(preset.first_id, tuple(keys), tuple(kept_counts))

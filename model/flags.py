@@ -53,8 +53,9 @@ def _add_data_flags(group) -> None:
         "If the data set has a manifest, the table sizes are taken from it",
     )  # fmt: skip
     group.add_argument(
-        "--dataset_type", default="memmap", choices=("memmap", "bin", "dist"),
-        help="memmap, bin: files of 160-byte records; dist: split files (default: memmap)",
+        "--dataset_type", default="auto", choices=("auto", "memmap", "bin", "dist", "dle"),
+        help="memmap, bin: files of 160-byte records; dist, dle: split files of MLPerf v0.7 and DeepLearningExamples; "
+        "auto: whatever is there (default)",
     )  # fmt: skip
     group.add_argument("--loader", default="cpu", choices=("cpu", "dali"), help="who reads batches (default: cpu)")
     group.add_argument("--batch_size", type=_count(1), default=16384, metavar="N", help="default: 16384")

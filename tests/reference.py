@@ -46,37 +46,56 @@ def read_rows(text: bytes):
     return [parse_row(line)[0] for line in text.removesuffix(b"\n").split(b"\n")]
 
 
-def vocabularies(rows, preset: str, min_count: int = 0, index_range: int = 0):
+FIRST_IDS = {"mlperf": 0, "count": 1, "torchrec": 2, "dle": 1}
+RARE_IDS = {"mlperf": 0, "count": 0, "torchrec": 1, "dle": 0}
+
+
+def vocabularies(rows, preset: str, min_count: int = 0, max_index_range: int = 0, max_table_size: int = 0):
     """{key: id} of each of the 26 columns, over all rows."""
     found = []
     for column in range(14, COLUMNS):
         keys = [row[column] for row in rows]
-        if preset == "mlperf":
+        if preset in ("mlperf", "torchrec"):
             keys = [key or 0 for key in keys]
-        keys = [key % index_range if index_range else key for key in keys if key is not None]
+        keys = [key % max_index_range if max_index_range else key for key in keys if key is not None]
         counts = Counter(keys)  # in order of first appearance
         kept = [key for key in counts if counts[key] >= min_count]
-        if preset == "count":
+        if preset in ("count", "dle"):
             kept.sort(key=lambda key: (-counts[key], key))
-        found.append({key: i + (preset == "count") for i, key in enumerate(kept)})
+        ids = {key: i + FIRST_IDS[preset] for i, key in enumerate(kept)}
+        found.append({key: i for key, i in ids.items() if not max_table_size or i < max_table_size})
     return found
 
 
-def encode(rows, preset: str, min_count: int = 0, index_range: int = 0):
-    """Records, lists of 40, of all rows."""
-    words = vocabularies(rows, preset, min_count, index_range)
-    records = []
-    for row in rows:
-        record = [row[0]] + [max(value or 0, 0) for value in row[1:14]]
-        for column, ids in zip(range(14, COLUMNS), words, strict=True):
-            key = row[column]
-            if key is None and preset == "mlperf":
-                key = 0
-            if key is not None and index_range:
-                key %= index_range
-            record.append(ids.get(key, 0))
-        records.append(record)
-    return records
+def dense_values(row, preset: str, smallest: int):
+    """The 13 integers of a record."""
+    if preset == "torchrec":
+        return [min((value or 0) - smallest + 1, 2**31 - 1) for value in row[1:14]]
+    if preset == "dle":
+        return [0 if value is None else min(max(value + 2, 0), 2**31 - 1) for value in row[1:14]]
+    return [max(value or 0, 0) for value in row[1:14]]
+
+
+def encode_days(days, preset: str, **rules):
+    """Records, lists of 40, of each day's rows; rules as for vocabularies."""
+    words = vocabularies([row for rows in days for row in rows], preset, **rules)
+    index_range = rules.get("max_index_range", 0)
+    encoded = []
+    for rows in days:
+        smallest = min(value or 0 for row in rows for value in row[1:14])
+        records = []
+        for row in rows:
+            record = [row[0], *dense_values(row, preset, smallest)]
+            for column, ids in zip(range(14, COLUMNS), words, strict=True):
+                key = row[column]
+                if key is None and preset in ("mlperf", "torchrec"):
+                    key = 0
+                if key is not None and index_range:
+                    key %= index_range
+                record.append(ids.get(key, RARE_IDS[preset]))
+            records.append(record)
+        encoded.append(records)
+    return encoded
 
 
 def auc(scores, labels) -> float:

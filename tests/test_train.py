@@ -124,6 +124,7 @@ def test_foreign_data_set_takes_its_table_sizes_from_the_configuration(folder, t
         (["--dataset", "SET", "--ckpt", "/nowhere"], "expected a folder that --save_model wrote"),
         (["--dataset", "SET", "--lr", "0"], "--lr: expected a number above 0"),
         (["--dataset", "SET", "--dataset_type", "dist"], "change --dataset_type"),
+        (["--dataset", "SET", "--dataset_type", "dle"], "change --dataset_type"),
     ],
 )
 def test_errors(folder, capsys, words, message):

@@ -28,6 +28,11 @@ def log_dense(dense: torch.Tensor) -> torch.Tensor:
     return dense.add_(1.0).log_()
 
 
+def make_batch(dense: torch.Tensor, sparse: torch.Tensor, label: torch.Tensor, logged: bool) -> Batch:
+    """dense float32 [B, 13], sparse int32 [B, 26], label float32 [B] -> batch; the log is taken unless `logged`."""
+    return Batch(dense if logged else log_dense(dense), sparse, label)
+
+
 def batch_ranges(rows: int, batch_size: int, shuffle: bool, seed: int, epoch: int) -> list[tuple[int, int]]:
     """Row ranges (begin, end) of an epoch's batches, in order.
 

@@ -5,17 +5,13 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from gpu_etl.load.batch import Batch, batch_ranges, log_dense
-from gpu_etl.load.dataset import Source
-from gpu_etl.schema import FIRST_DENSE, FIRST_SPARSE
+from gpu_etl.load.batch import Batch, batch_ranges, make_batch
+from gpu_etl.load.dataset import Source, record_columns
 
 
 def unpack(block: np.ndarray) -> Batch:
     """Records int32 [B, 40] -> batch on the CPU, in memory of its own."""
-    dense = torch.from_numpy(block[:, FIRST_DENSE:FIRST_SPARSE].astype(np.float32, order="C"))
-    sparse = torch.from_numpy(block[:, FIRST_SPARSE:].astype(np.int32, order="C"))
-    label = torch.from_numpy(block[:, 0].astype(np.float32))
-    return Batch(log_dense(dense), sparse, label)
+    return make_batch(*map(torch.from_numpy, record_columns(block)), logged=False)
 
 
 class CpuLoader:
@@ -35,4 +31,5 @@ class CpuLoader:
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """The batches from number `start` of `epoch` on: the position to resume at is just these two numbers."""
         for begin, end in self.ranges(epoch, start):
-            yield unpack(self.source.read(begin, end)).to(self.device)
+            columns = map(torch.from_numpy, self.source.columns(begin, end))
+            yield make_batch(*columns, logged=self.source.logged).to(self.device)

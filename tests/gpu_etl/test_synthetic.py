@@ -54,14 +54,14 @@ def rank_of(c, size):
 def test_probabilities_are_those_of_the_known_model(made):
     folder, _ = made
     model, sizes = synthetic.draw_model(30_000, 4), synthetic.cardinalities(30_000)
-    truth = np.load(folder / "day_1.probability.npy")
+    truth = np.load(folder / "probability_day_1.npy")
     for i, row in enumerate(rows_of(folder, 1)[:200]):
         assert truth[i] == pytest.approx(1 / (1 + np.exp(-logit(model, sizes, row))), rel=1e-5)
 
 
 def test_labels_follow_the_probabilities(made):
     folder, _ = made
-    probability = np.concatenate([np.load(folder / f"day_{day}.probability.npy") for day in range(3)]).astype(float)
+    probability = np.concatenate([np.load(folder / f"probability_day_{day}.npy") for day in range(3)]).astype(float)
     labels = np.array([row[0] for day in range(3) for row in rows_of(folder, day)])
     for low, high in ((0, 0.1), (0.1, 0.2), (0.2, 0.4), (0.4, 1)):
         inside = (probability >= low) & (probability < high)
@@ -73,7 +73,7 @@ def test_truth_file_holds_the_best_auc(made):
     folder, returned = made
     assert json.loads((folder / "truth.json").read_text()) == returned
     labels = [row[0] for row in rows_of(folder, 2)][:5000]
-    probability = np.load(folder / "day_2.probability.npy")[:5000]
+    probability = np.load(folder / "probability_day_2.npy")[:5000]
     assert returned["test"]["rows"] == 5000
     assert returned["test"]["best_auc"] == pytest.approx(reference.auc(probability.tolist(), labels), abs=1e-6)
     assert returned["test"]["best_auc_without_pairs"] < returned["test"]["best_auc"] - 0.02

@@ -37,7 +37,7 @@ PRESET_CASES = [("mlperf", 0, 0), ("mlperf", 0, 100), ("count", 0, 0), ("count",
 
 @pytest.mark.parametrize(("name", "min_count", "index_range"), PRESET_CASES)
 def test_ids_are_those_of_the_reference(name, min_count, index_range):
-    preset = choose_preset(name, min_count, index_range)
+    preset = choose_preset(name, min_count=min_count, max_index_range=index_range)
     values, missing = parsed(7, 900)
     words = vocabulary.build(count(values, missing, preset), preset)
     expected = reference.vocabularies(
@@ -93,14 +93,19 @@ def test_saved_vocabulary_reads_back(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("name", "rules", "words"),
     [
-        (("none",), "expected one of"),
-        (("count", -1), "--min-count"),
-        (("count", None, -1), "--max-index-range"),
-        (("mlperf", 5), "no id for rare ones"),
+        ("none", {}, "expected one of"),
+        ("count", {"min_count": -1}, "--min-count"),
+        ("count", {"max_index_range": 2**31}, "--max-index-range"),
+        ("count", {"max_table_size": 1}, "expected more than 1"),
+        ("count", {"dense": "log"}, "--dense: expected one of clamp, min, plus2"),
+        ("count", {"last_day": "all"}, "--last-day: expected one of"),
+        ("count", {"sample_last": 1.5}, "--sample-last: expected a share"),
+        ("mlperf", {"min_count": 5}, "no id for rare ones"),
+        ("mlperf", {"max_table_size": 5}, "no id for rare ones"),
     ],
 )
-def test_presets_refuse_what_they_cannot_do(arguments, words):
+def test_presets_refuse_what_they_cannot_do(name, rules, words):
     with pytest.raises(DataError, match=words):
-        choose_preset(*arguments)
+        choose_preset(name, **rules)

@@ -1,0 +1,104 @@
+"""The command line of python -m gpu_etl."""
+
+import argparse
+from pathlib import Path
+
+from gpu_etl import formats
+from gpu_etl.backend import DEVICES
+from gpu_etl.pipeline import BAD_ROWS, Settings
+from gpu_etl.schema import DENSE_RULES, LAST_DAY_RULES, ORDERS, PRESETS, choose_preset
+
+ENCODE_HELP = """Encode raw days into a data set, in two passes and bounded memory.
+
+A DAY is a file (text, .gz, .zst or Parquet with the same 40 columns), a pattern, or a folder of day files. DIR gets
+the splits' files, vocabulary.npz (the id maps) and manifest.json. All days but the last train; the first half of the
+last one tests, the other half validates. A run that was killed goes on where it was when given the same command again.
+
+presets:
+  count      (default) ids by falling count from 1; seen fewer than 10 times, or missing: id 0
+  mlperf     facebookresearch/dlrm: ids by first appearance from 0, all kept; missing = value 0
+  torchrec   ids by first appearance from 2; rare: 1; missing = value 0; log(x - min + 2); first half validates
+  dle        NVIDIA DeepLearningExamples: as count, seen fewer than 15 times; log(x + 3); half a day rounded down
+  deepspark  as mlperf; days at 10 %, the last at 1 %, then 87.5 % of the negatives dropped"""
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """The parser of all commands; args.command names the one chosen."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(prog="python -m gpu_etl", description=description, formatter_class=formatter)
+    commands = top.add_subparsers(required=True, dest="command", metavar="{encode,synth,verify,inspect}")
+    encode = commands.add_parser(
+        "encode", help="raw days -> data set", description=ENCODE_HELP, formatter_class=formatter
+    )
+    _add_encode_flags(encode)
+    _add_rule_flags(encode.add_argument_group("rules of the preset, replaced one by one"))
+    synth = commands.add_parser("synth", help="learnable synthetic raw days with a known best AUC")
+    synth.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for day_0.gz ... and truth.json")
+    synth.add_argument("--rows", type=int, default=1_000_000, metavar="N", help="rows in all (default: 1,000,000)")
+    synth.add_argument("--days", type=int, default=3, metavar="N", help="day files (default: 3)")
+    synth.add_argument("--seed", type=int, default=0, help="of the model and the rows (default: 0)")
+    synth.add_argument("--gzip", action=argparse.BooleanOptionalAction, default=True, help="compress (default: yes)")
+    verify = commands.add_parser("verify", help="check a data set against its manifest: sizes, checksums, id ranges")
+    verify.add_argument("set", type=Path, metavar="DIR", help="folder of the data set")
+    inspect = commands.add_parser("inspect", help="what is in a data set: label rate, missing shares, popular ids")
+    inspect.add_argument("set", type=Path, metavar="DIR", help="folder of the data set")
+    inspect.add_argument("--png", type=Path, metavar="FILE", help="draw it too")
+    return top
+
+
+def _add_encode_flags(parser: argparse.ArgumentParser) -> None:
+    default = Settings()
+    add = parser.add_argument
+    add("inputs", nargs="+", metavar="DAY", help="day files in order, patterns, or folders")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of the data set; made if missing")
+    add("--format", default=default.form, choices=formats.FORMS,
+        help="records: 160-byte records; dist: split files of the MLPerf v0.7 code; dle: DeepLearningExamples' split "
+        "files (default: records)")  # fmt: skip
+    add("--days", type=int, default=0, metavar="N",
+        help="cut the one input file into N equal days in file order (Kaggle's train.txt: 7)")  # fmt: skip
+    add("--fractions", type=lambda text: tuple(float(share) for share in text.split(",")), default=(), metavar="A,B,C",
+        help="shares of all rows that train, test and validate, instead of halving the last day")  # fmt: skip
+    add("--shuffle", action=argparse.BooleanOptionalAction, default=True,
+        help="shuffle the training rows; --no-shuffle keeps file order (default: shuffle)")  # fmt: skip
+    add("--seed", type=int, default=default.seed, help="of the shuffle and of sampling (default: 0)")
+    add("--bad-rows", default=default.bad_rows, choices=BAD_ROWS,
+        help="stop at a bad row, or leave it out and count it (default: error)")  # fmt: skip
+    add("--max-bad-rows", type=int, default=default.max_bad_rows, metavar="N",
+        help="with --bad-rows skip: more bad rows than that are an error (default: 1000)")  # fmt: skip
+    add("--workers", type=int, default=default.workers, metavar="N", help="CPU threads (default: all cores)")
+    add("--slab-bytes", type=int, default=default.slab_bytes, metavar="N",
+        help="text held at a time, a few times over; never changes the output (default: 16 MiB)")  # fmt: skip
+    add("--device", default=default.device, choices=DEVICES, help="where rows are parsed and encoded")
+
+
+def _add_rule_flags(group) -> None:
+    add = group.add_argument
+    group.add_argument("--preset", default="count", choices=sorted(PRESETS), help="see above (default: count)")
+    add("--order", choices=ORDERS, help="ids by first appearance, or by falling count")
+    add("--first-id", type=int, metavar="N", help="id of the first value")
+    add("--rare-id", type=int, metavar="N", help="id of rare values, and of missing ones unless --missing-is-zero")
+    add("--missing-is-zero", action=argparse.BooleanOptionalAction, help="an empty category is the value 0")
+    add("--min-count", type=int, metavar="N", help="values seen fewer than N times are rare")
+    add("--max-index-range", type=int, metavar="N", help="take category values modulo N first; 0: off")
+    add("--max-table-size", type=int, metavar="N", help="ids below N only, the rest is rare; 0: no limit")
+    add("--dense", choices=DENSE_RULES, help="clamp: max(x, 0); min: x - smallest + 1; plus2: max(x + 2, 0)")
+    add("--last-day", choices=LAST_DAY_RULES, help="which half of the last day tests, and how an odd row is rounded")
+    add("--sample", type=float, metavar="S", help="share of rows kept of all days but the last")
+    add("--sample-last", type=float, metavar="S", help="share of rows kept of the last day")
+    add("--drop-negatives", type=float, metavar="S", help="share of the remaining rows with label 0 that is dropped")
+
+
+RULES = (
+    "order", "first_id", "rare_id", "missing_is_zero", "min_count", "max_index_range", "max_table_size", "dense",
+    "last_day", "sample", "sample_last", "drop_negatives",
+)  # fmt: skip
+
+
+def settings(args: argparse.Namespace) -> Settings:
+    """The settings that encode's flags ask for. Raises DataError for rules that cannot be."""
+    return Settings(
+        preset=choose_preset(args.preset, **{rule: getattr(args, rule) for rule in RULES}),
+        days=args.days, fractions=args.fractions, shuffle=args.shuffle, seed=args.seed, form=args.format,
+        bad_rows=args.bad_rows, max_bad_rows=args.max_bad_rows, device=args.device, workers=args.workers,
+        slab_bytes=args.slab_bytes,
+    )  # fmt: skip

@@ -1,0 +1,212 @@
+"""The forms a data set is written in: records, and the two split forms, MLPerf v0.7's ("dist") and NVIDIA's ("dle").
+
+A form is a table with a row per file: which columns of the record it holds, as what dtype, logged or not. Writing,
+cutting to a row and reading (load/dataset.py) know nothing else of it.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from gpu_etl.errors import DataError
+from gpu_etl.schema import COLUMNS, DENSE, FIRST_DENSE, FIRST_SPARSE, RECORD_DTYPE, SPARSE, split_file
+
+SPEC_FILE = "feature_spec.yaml"
+ID_DTYPES = tuple(np.dtype(name) for name in ("i1", "<i2", "<i4"))
+
+ANY_SIZES = [1] * SPARSE  # for where they do not matter: paths, and the dtypes of all but category ids
+_LABEL = slice(0, FIRST_DENSE)
+_DENSE = slice(FIRST_DENSE, FIRST_SPARSE)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of a split: `columns` of the record as `dtype` [n, width], row-major, no header; `logged`: log(x + 1).
+
+    path: relative to the data set's folder, with {} in place of the split's name until parts() fills it in.
+    """
+
+    path: str
+    columns: slice
+    dtype: np.dtype
+    logged: bool = False
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row in this file."""
+        return (self.columns.stop - self.columns.start) * self.dtype.itemsize
+
+    def convert(self, records: np.ndarray) -> np.ndarray:
+        """The file's share of records int32 [n, 40]: contiguous, `dtype` [n, width].
+
+        float32 holds integers up to 2^24 exactly and rounds larger ones, just as a loader does that reads records.
+        Raises DataError where an id does not fit an integer `dtype`.
+        """
+        values = records[:, self.columns]
+        if self.logged:
+            # In double precision: a float32 log differs between libraries and CPUs, and the bytes must not.
+            return np.log(values + 1.0).astype(self.dtype, order="C")
+        converted = values.astype(self.dtype, order="C")
+        if self.dtype in ID_DTYPES[:2] and not np.array_equal(converted, values):
+            raise DataError(
+                f"{self.path}: expected ids that fit {self.dtype}, chosen by the table size, got {values.min()} to "
+                f"{values.max()}; the table sizes do not belong to these records"
+            )
+        return converted
+
+
+@dataclass(frozen=True)
+class Form:
+    """layout: 26 table sizes -> a split's parts; val: the form's name for the validation split; logged: its integers
+    are stored as log(x + 1); extra_files: 26 table sizes -> {relative path: text} that lies beside the splits.
+    """
+
+    layout: Callable[[Sequence[int]], list[Part]]
+    val: str = "val"
+    logged: bool = False
+    extra_files: Callable[[Sequence[int]], dict[str, str]] = lambda table_sizes: {}
+
+
+def parts(form: str, split: str, table_sizes: Sequence[int]) -> list[Part]:
+    """The files of "train", "test" or "val" in one of FORMS. Raises DataError where there are not 26 table sizes."""
+    if len(table_sizes) != SPARSE:
+        raise DataError(f"expected {SPARSE} table sizes, one per category column, got {len(table_sizes)}")
+    name = FORMS[form].val if split == "val" else split
+    return [replace(part, path=part.path.format(name)) for part in FORMS[form].layout(table_sizes)]
+
+
+def files(form: str, split: str) -> list[str]:
+    """Paths of a split's files, relative to the data set's folder."""
+    return [part.path for part in parts(form, split, ANY_SIZES)]
+
+
+def extra_files(form: str, table_sizes: Sequence[int]) -> dict[str, str]:
+    """What lies beside the splits: relative path -> text."""
+    return FORMS[form].extra_files(table_sizes)
+
+
+def rows_written(form: str, folder: Path, split: str, table_sizes: Sequence[int]) -> int:
+    """Whole rows that all files of the split hold; 0 where one is missing."""
+    found = [(Path(folder) / part.path, part.row_bytes) for part in parts(form, split, table_sizes)]
+    return min(path.stat().st_size // row_bytes if path.is_file() else 0 for path, row_bytes in found)
+
+
+class SplitWriter:
+    """Appends blocks of records to the files of a split; for use in `with`, or with close().
+
+    Every file is cut to exactly `rows_done` rows first, so that a killed run can go on behind the rows it is sure of;
+    0 starts anew. Raises DataError where a file holds fewer rows than that.
+    """
+
+    def __init__(self, form: str, folder: Path, split: str, table_sizes: Sequence[int], rows_done: int = 0):
+        self._parts = parts(form, split, table_sizes)
+        with ExitStack() as opened:
+            paths = [(Path(folder) / part.path, part.row_bytes) for part in self._parts]
+            self._files = [opened.enter_context(_open_cut(path, size, rows_done)) for path, size in paths]
+            self._opened = opened.pop_all()
+
+    def write(self, records: np.ndarray) -> None:
+        """Append records int32 [n, 40]; the operating system has them when this returns, so a kill loses none.
+
+        Raises DataError on another shape, and where an id does not fit its file; the files may differ in rows then.
+        """
+        if records.ndim != 2 or records.shape[1] != COLUMNS or records.dtype != RECORD_DTYPE:
+            raise DataError(f"expected records {RECORD_DTYPE} [n, {COLUMNS}], got {records.dtype} {records.shape}")
+        for part, file in zip(self._parts, self._files, strict=True):
+            file.write(part.convert(records))
+            file.flush()
+
+    def close(self) -> None:
+        """Bring everything to the disk and close the files."""
+        with self._opened:
+            for file in self._files:
+                os.fsync(file.fileno())
+
+    def __enter__(self) -> "SplitWriter":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+
+def _open_cut(path: Path, row_bytes: int, rows: int):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "ab")  # noqa: SIM115 - SplitWriter closes it
+    size = file.tell()
+    if size < rows * row_bytes:
+        file.close()
+        raise DataError(
+            f"{path}: expected {rows} rows of {row_bytes} bytes to go on behind, found {size} bytes; "
+            "the file was cut off: start this split again"
+        )
+    file.truncate(rows * row_bytes)
+    return file
+
+
+def id_dtype(cardinality: int) -> np.dtype:
+    """The smallest of int8, int16, int32 that holds cardinality - 1."""
+    return next((dtype for dtype in ID_DTYPES if cardinality - 1 <= np.iinfo(dtype).max), ID_DTYPES[-1])
+
+
+def _ids(dtypes: Sequence[np.dtype]) -> list[Part]:
+    return [
+        Part(f"{{}}/cat_{c}.bin", slice(FIRST_SPARSE + c, FIRST_SPARSE + c + 1), dtype)
+        for c, dtype in enumerate(dtypes)
+    ]  # fmt: skip
+
+
+def _records(table_sizes: Sequence[int]) -> list[Part]:
+    return [Part(split_file("{}"), slice(0, COLUMNS), RECORD_DTYPE)]
+
+
+def _dist(table_sizes: Sequence[int]) -> list[Part]:
+    single = np.dtype("<f4")
+    return [
+        Part("{}/label.bin", _LABEL, single),
+        Part("{}/numerical.bin", _DENSE, single),
+        *_ids([RECORD_DTYPE] * SPARSE),
+    ]
+
+
+def _dle(table_sizes: Sequence[int]) -> list[Part]:
+    return [
+        # The bytes are NumPy's bool; as a number, so that a reader can tell that a byte is neither 0 nor 1.
+        Part("{}/label.bin", _LABEL, np.dtype("u1")),
+        Part("{}/numerical.bin", _DENSE, np.dtype("<f2"), logged=True),
+        *_ids([id_dtype(int(size)) for size in table_sizes]),
+    ]
+
+
+def _feature_spec(table_sizes: Sequence[int]) -> dict[str, str]:
+    """feature_spec.yaml as DeepLearningExamples' DLRM reads it, in JSON, which is YAML too.
+
+    Its reader takes exactly the mappings "train" and "test", so the validation split is on disk but not listed, and
+    finds each dtype here, so that types other than its own writer's (int16 from cardinality 127 on) are fine.
+    """
+    ids = {f"cat_{c}.bin": int(size) for c, size in enumerate(table_sizes)}
+    numbers = [f"num_{i}" for i in range(DENSE)]
+    features = {name: {"cardinality": size, "dtype": id_dtype(size).name} for name, size in ids.items()}
+    features |= {name: {"dtype": "float16"} for name in numbers} | {"label": {"dtype": "bool"}}
+    chunks = [(numbers, "numerical.bin"), (["label"], "label.bin"), *(([name], name) for name in ids)]
+    spec = {
+        "channel_spec": {"categorical": list(ids), "numerical": numbers, "label": ["label"]},
+        "feature_spec": features,
+        "metadata": {},
+        "source_spec": {
+            split: [{"type": "split_binary", "features": held, "files": [f"{split}/{file}"]} for held, file in chunks]
+            for split in ("train", "test")
+        },
+    }
+    return {SPEC_FILE: json.dumps(spec, indent=1) + "\n"}
+
+
+FORMS = {
+    "records": Form(_records),
+    "dist": Form(_dist),
+    "dle": Form(_dle, val="validation", logged=True, extra_files=_feature_spec),
+}

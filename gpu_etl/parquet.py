@@ -1,0 +1,195 @@
+"""Parquet day files -> slabs: the same values, missing fields and faults as the text form of the same rows."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from gpu_etl import rows
+from gpu_etl.errors import DataError
+from gpu_etl.extract import ChecksummedFile, Source, skip_bytes
+from gpu_etl.faults import EXPECTED, SHOWN
+from gpu_etl.jit import compiled
+from gpu_etl.schema import COLUMN_NAMES, COLUMNS, FIRST_SPARSE
+
+ROW_BYTES = 256  # what a row takes as text, so that a slab of either form holds about as many rows
+READ_BYTES = 1 << 16  # of a column at a time; without it a whole row group is read at once
+INT32_MIN = -rows.INT32_MAX - 1
+
+Parsed = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Of one column: numbers uint32 [n] (0 where empty), empty bool [n], kinds of fault uint8 [n] (0: none)."""
+
+
+@compiled
+def _parse_hex(data, offsets, empty, numbers, kinds):
+    """Strings data[offsets[i]:offsets[i + 1]] -> numbers[i], kinds[i]; empty ones are marked in `empty`.
+
+    data uint8 [bytes], offsets int32 or int64 [n + 1]; empty bool [n], set beforehand where the string is null;
+    numbers uint32 [n] and kinds uint8 [n], zeroed beforehand.
+    """
+    for row in range(len(numbers)):
+        begin, end = np.int64(offsets[row]), np.int64(offsets[row + 1])
+        if empty[row] or begin == end:
+            empty[row] = True
+            continue
+        value, kind, stop = rows.parse_hex(data, begin, end)
+        if stop < end:  # at a tab, which ends a field of text but is no digit here
+            kind = rows.FAULT_HEX
+        numbers[row] = value
+        kinds[row] = kind
+
+
+def _strings(array: pa.Array) -> Parsed:
+    if pa.types.is_string_view(array.type):
+        array = array.cast(pa.large_string())
+    offset_dtype = np.int64 if pa.types.is_large_string(array.type) else np.int32
+    _, offsets, data = array.buffers()
+    offsets = np.frombuffer(offsets, offset_dtype)[array.offset : array.offset + len(array) + 1]
+    empty = array.is_null().to_numpy(zero_copy_only=False)
+    numbers, kinds = np.zeros(len(array), np.uint32), np.zeros(len(array), np.uint8)
+    _parse_hex(np.frombuffer(data or b"", np.uint8), offsets, empty, numbers, kinds)
+    return numbers, empty, kinds
+
+
+def _floats(array: pa.Array) -> Parsed:
+    """Floats are integers with gaps as pandas keeps them: NaN is a gap too."""
+    numbers = array.cast(pa.float64()).fill_null(np.nan).to_numpy()
+    empty = np.isnan(numbers)
+    whole = np.isfinite(numbers) & (np.floor(numbers) == numbers)
+    in_range = (numbers >= INT32_MIN) & (numbers <= rows.INT32_MAX)
+    kinds = np.where(whole | empty, np.where(in_range | empty, 0, rows.FAULT_RANGE), rows.FAULT_INTEGER)
+    return np.where(whole & in_range, numbers, 0).astype(np.int64).astype(np.uint32), empty, kinds.astype(np.uint8)
+
+
+def _integers(array: pa.Array, least: int, most: int, kind: int) -> Parsed:
+    """`kind`: the fault of numbers below `least` or above `most`."""
+    empty = array.is_null().to_numpy(zero_copy_only=False)
+    numbers = array.fill_null(0).to_numpy()
+    outside = (numbers < least) | (numbers > most)
+    return numbers.astype(np.uint32), empty, outside.astype(np.uint8) * np.uint8(kind)
+
+
+def _plain(column: pa.Array) -> pa.Array:
+    """The column as integers, floats or strings."""
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_boolean(column.type) or pa.types.is_null(column.type):
+        column = column.cast(pa.int8())
+    return column
+
+
+def _parse_column(array: pa.Array, column: int) -> Parsed:
+    """Parse a plain array as the given column of the 40."""
+    if column == 0:
+        numbers, empty, kinds = _integers(array, 0, 1, rows.FAULT_LABEL)
+        kinds[empty] = rows.FAULT_LABEL
+        return numbers, empty, kinds
+    if pa.types.is_floating(array.type):
+        return _floats(array)
+    if not pa.types.is_integer(array.type):
+        return _strings(array)
+    # Categories come as the 32-bit number itself or, from NVTabular, as the int32 of the same bits.
+    return _integers(array, INT32_MIN, rows.INT32_MAX if column < FIRST_SPARSE else rows.UINT32_MASK, rows.FAULT_RANGE)
+
+
+@dataclass
+class ParquetSlab:
+    """Some rows of a Parquet file: a batch of 40 columns whose types _check let pass. `end` counts rows."""
+
+    day: int
+    end: int
+    batch: pa.RecordBatch
+
+    def parse(self, kernels: ModuleType) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """values uint32 [n, 40], missing uint64 [n], faults int32 [n] as kernels.parse gives them.
+
+        Always computed on the CPU, where Arrow decodes: nothing of the text parser in `kernels` is used.
+        """
+        count = len(self.batch)
+        values = np.empty((count, COLUMNS), np.uint32)
+        missing, faults = np.zeros(count, np.uint64), np.zeros(count, np.int32)
+        for column in range(COLUMNS):
+            numbers, empty, kinds = _parse_column(_plain(self.batch.column(column)), column)
+            values[:, column] = numbers
+            missing |= empty.astype(np.uint64) << np.uint64(column)
+            if kinds.any():
+                new = (kinds != 0) & (faults == 0)
+                faults[new] = kinds[new].astype(np.int32) * rows.FAULT_STRIDE + column
+        return values, missing, faults
+
+    def describe(self, row: int, code: int) -> str:
+        """Words for the fault `code` of row `row` of this slab."""
+        kind, column = divmod(int(code), rows.FAULT_STRIDE)
+        field = _plain(self.batch.column(column))[row]
+        is_text = hasattr(field, "as_buffer") and field.is_valid
+        shown = repr(field.as_buffer().to_pybytes().decode("utf-8", "replace") if is_text else field.as_py())
+        shown = shown if len(shown) <= SHOWN else shown[:SHOWN] + "..."
+        return f"column {COLUMN_NAMES[column]}: {EXPECTED[kind]}, got {shown}"
+
+
+def _fits(kind: pa.DataType, column: int) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_integer(kind):
+        return True
+    if column == 0:
+        return pa.types.is_boolean(kind)
+    if column < FIRST_SPARSE:
+        return pa.types.is_null(kind) or pa.types.is_floating(kind)
+    strings = (pa.types.is_null, pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return any(is_kind(kind) for is_kind in strings)
+
+
+def _check(schema: pa.Schema, source: Source) -> None:
+    """Raise DataError where a file has other than 40 columns, or one of a type that cannot be read."""
+    if len(schema) != COLUMNS:
+        raise DataError(
+            f"{source.path}: expected {COLUMNS} columns (label, 13 integers, 26 categories, in this order), got "
+            f"{len(schema)}: {', '.join(schema.names)[:SHOWN]}; select and order them when writing the file"
+        )
+    for column, field in enumerate(schema):
+        if not _fits(field.type, column):
+            dense, sparse = "integers, or floats that hold whole numbers", "hex strings or integers"
+            wanted = "integers or bools" if column == 0 else dense if column < FIRST_SPARSE else sparse
+            raise DataError(
+                f"{source.path}: column {column + 1} ({field.name!r}), which is {COLUMN_NAMES[column]} by its place: "
+                f"expected {wanted}, got the type {field.type}; check the order of columns, or convert it"
+            )
+
+
+def _batches(file: pq.ParquetFile, batch_rows: int, skip: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """(end, batch) of the rows behind the first `skip`; row groups before them are not read."""
+    ends = np.cumsum([0] + [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
+    first = int(np.searchsorted(ends[1:], skip, side="right"))
+    end = int(ends[first])
+    for batch in file.iter_batches(batch_rows, row_groups=range(first, file.num_row_groups)):
+        end += len(batch)
+        if end > skip:
+            yield end, batch.slice(max(0, len(batch) - (end - skip)))
+    if not end == ends[-1] == file.metadata.num_rows:
+        raise pa.ArrowInvalid(f"{file.metadata.num_rows} rows by its footer, {ends[-1]} by its row groups, read {end}")
+
+
+def read_parquet(source: Source, day: int, slab_bytes: int, skip: int = 0) -> Iterator[ParquetSlab]:
+    """Slabs of about slab_bytes / 256 rows of a Parquet file, from row `skip` on.
+
+    Columns are told by place: a label (integer or bool), 13 columns of integers (or of floats that hold whole numbers,
+    NaN for nothing), 26 of hex strings or of integers of 32 bits, signed or not. Null is empty. Raises DataError for
+    another number of columns, other types and damaged files.
+    """
+    try:
+        # Arrow reads by seeking, so the checksum takes its own way through the file, in step with the rows.
+        with (
+            ChecksummedFile(source) as stored,
+            pq.ParquetFile(source.path, buffer_size=READ_BYTES, page_checksum_verification=True) as file,
+        ):
+            _check(file.schema_arrow, source)
+            for end, batch in _batches(file, max(1, slab_bytes // ROW_BYTES), skip):
+                skip_bytes(stored, source.size * end // file.metadata.num_rows - source.read)
+                yield ParquetSlab(day, end, batch)
+            skip_bytes(stored, source.size - source.read)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last from damaged names of columns
+        raise DataError(f"{source.path}: damaged or cut-off Parquet file ({error}); fetch it again") from error

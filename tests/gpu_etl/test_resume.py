@@ -1,0 +1,163 @@
+"""Runs killed with SIGKILL at many points of both passes end with the same bytes when started again."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from gpu_etl import encoding
+from gpu_etl.errors import DataError
+from gpu_etl.journal import Journal
+from gpu_etl.pipeline import Settings, encode_days
+from gpu_etl.verify import verify
+from tests.conftest import ROOT
+
+STEP, BUCKET = 100, 40_000
+SETTINGS = Settings(slab_bytes=20_000, seed=5)
+
+# Encodes the days given; before (or, "torn", in the middle of) the write number POINT, it kills itself. Prints how many
+# there were.
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+from gpu_etl import encoding, formats, journal, pipeline, shuffle, spill
+from gpu_etl.pipeline import Settings
+
+point, torn, out, *days = sys.argv[1:]
+encoding.ENCODE_ROWS, encoding.BUCKET_BYTES = int(os.environ["STEP"]), int(os.environ["BUCKET"])
+calls = 0
+
+def deadly(owner, name, half=None):
+    real = getattr(owner, name)
+    def wrapped(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls == int(point):
+            if torn == "torn" and half:
+                real(*half(*args))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+    setattr(owner, name, wrapped)
+
+deadly(spill.Spill, "add", lambda self, values, missing: (self, values[: len(values) // 2], missing[:7]))
+deadly(shuffle.Shuffler, "add", lambda self, records: (self, records[: len(records) // 2]))
+deadly(formats.SplitWriter, "write", lambda self, records: (self, records[: len(records) // 2]))
+deadly(journal.Journal, "record")
+deadly(Path, "rename")
+settings = Settings(slab_bytes=20_000, seed=5, form=os.environ["FORM"])
+pipeline.encode_days([Path(day) for day in days], Path(out), settings)
+print(calls)
+"""
+
+
+def killed_run(point, torn, out, days, form="records"):
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(point), torn, str(out), *map(str, days)],
+        cwd=ROOT, env=os.environ | {"FORM": form, "STEP": str(STEP), "BUCKET": str(BUCKET)},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode in (0, -9), done.stderr
+    return int(done.stdout) if done.returncode == 0 else None
+
+
+def digests(folder):
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture
+def small_steps(monkeypatch):
+    monkeypatch.setattr(encoding, "ENCODE_ROWS", STEP)
+    monkeypatch.setattr(encoding, "BUCKET_BYTES", BUCKET)
+
+
+@pytest.mark.parametrize("form", ["records", "dist"])
+def test_killed_at_any_write_and_started_again(day_files, tmp_path, small_steps, form):
+    writes = killed_run(0, "", tmp_path / "whole", day_files, form)
+    expected = digests(tmp_path / "whole")
+    assert writes > 50
+    kills = 20 if form == "records" else 8
+    settings = Settings(slab_bytes=3000, seed=5, form=form)  # other slabs than before the kill
+    for kill in range(kills):
+        out = tmp_path / f"killed_{kill}"
+        point = 1 + (writes - 1) * kill // (kills - 1)
+        assert killed_run(point, "torn" if kill % 2 else "", out, day_files, form) is None
+        assert not (out / "manifest.json").exists()
+        for path in out.glob("terabyte_processed_*.bin"):  # a final name only ever holds a whole file
+            assert digests(out)[path.name] == expected[path.name]
+        encode_days(day_files, out, settings)
+        assert digests(out) == expected, f"killed at write {point} of {writes}"
+
+
+def test_killed_twice(day_files, tmp_path, small_steps):
+    killed_run(0, "", tmp_path / "whole", day_files)
+    out = tmp_path / "killed"
+    for point in (9, 30, 5):
+        assert killed_run(point, "torn", out, day_files) is None
+    _, report = encode_days(day_files, out, SETTINGS)
+    assert report.resumed and digests(out) == digests(tmp_path / "whole")
+
+
+def test_a_resumed_run_does_not_parse_again_what_was_parsed(day_files, tmp_path, monkeypatch):
+    assert killed_run(40, "", tmp_path, day_files) is None
+    done = [json.loads(line) for line in (tmp_path / ".work" / "journal.jsonl").read_text().splitlines()]
+    rows = sum(event["slab"]["read"] for event in done if "slab" in event)
+    assert rows > 500
+    from gpu_etl import cpu
+
+    parsed = []
+    real = cpu.parse
+    monkeypatch.setattr(cpu, "parse", lambda text, ends: parsed.append(len(ends)) or real(text, ends))
+    monkeypatch.setattr(encoding, "ENCODE_ROWS", STEP)
+    monkeypatch.setattr(encoding, "BUCKET_BYTES", BUCKET)
+    encode_days(day_files, tmp_path, SETTINGS)
+    assert sum(parsed) == 1052 - rows
+    verify(tmp_path)
+
+
+def test_an_unfinished_run_of_another_kind_is_not_mixed_in(day_files, tmp_path):
+    assert killed_run(12, "", tmp_path, day_files) is None
+    before = digests(tmp_path)
+    with pytest.raises(DataError, match="unfinished run with other settings"):
+        encode_days(day_files, tmp_path, Settings(seed=6))
+    with pytest.raises(DataError, match="unfinished run with other sources"):
+        encode_days(day_files[:2], tmp_path, SETTINGS)
+    assert digests(tmp_path) == before
+
+
+def test_two_runs_in_one_folder_at_a_time(day_files, tmp_path):
+    assert killed_run(12, "", tmp_path, day_files) is None
+    before = digests(tmp_path)
+    journal = Journal(tmp_path / ".work" / "journal.jsonl")
+    with pytest.raises(DataError, match="another run is at work"):
+        encode_days(day_files, tmp_path, SETTINGS)
+    journal.close()
+    assert digests(tmp_path) == before
+
+
+def test_the_same_command_again_is_no_error(day_files, tmp_path):
+    made, _ = encode_days(day_files, tmp_path, SETTINGS)
+    before = digests(tmp_path)
+    again, _ = encode_days(day_files, tmp_path, SETTINGS)
+    assert again == made and digests(tmp_path) == before
+
+
+def test_a_torn_last_line_of_the_journal_is_dropped(tmp_path):
+    path = tmp_path / "journal"
+    journal = Journal(path)
+    journal.record(slab={"day": 0})
+    journal.close()
+    with open(path, "ab") as file:
+        file.write(b'{"slab": {"da')
+    journal = Journal(path)
+    journal.record(files={})
+    journal.close()
+    journal = Journal(path)
+    assert journal.events == [{"slab": {"day": 0}}, {"files": {}}]
+    journal.close()
