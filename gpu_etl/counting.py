@@ -3,6 +3,7 @@
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import ModuleType
 
@@ -11,8 +12,9 @@ from tqdm import tqdm
 
 from gpu_etl import faults, vocabulary
 from gpu_etl.errors import DataError
-from gpu_etl.extract import Slab, Source, prefetch, read_day
+from gpu_etl.extract import Slab, Source, read_day
 from gpu_etl.journal import Journal
+from gpu_etl.prefetch import prefetch
 from gpu_etl.rows import INT32_MAX
 from gpu_etl.sampling import dropped_rows
 from gpu_etl.schema import FIRST_DENSE, FIRST_SPARSE, Preset
@@ -74,6 +76,7 @@ class CountPass:
             self.tallies[event["day"]].crc32 = event["crc32"]
         self.spill = Spill(spill_folder, self.rows)
         self._counter = kernels.Counter(preset, workers)
+        self._writer = ThreadPoolExecutor(1)
 
     @property
     def rows(self) -> int:
@@ -121,8 +124,9 @@ class CountPass:
         smallest = INT32_MAX
         if preset.dense == "min" and len(values):
             smallest = int(values[:, FIRST_DENSE:FIRST_SPARSE].view(np.int32).min())
-        self.spill.add(values, missing)
+        spilled = self._writer.submit(self.spill.add, values, missing)
         self._counter.add(values, missing, self.rows)
+        spilled.result()
         event = {"read": read, "kept": len(values), "end": slab.end, "smallest": smallest, "dropped": dropped}
         self._journal.record(slab={"day": slab.day, **event})
         tally.add(**event)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from gpu_etl import formats
 from gpu_etl.journal import Journal
+from gpu_etl.prefetch import prefetch
 from gpu_etl.rows import INT32_MAX
 from gpu_etl.schema import Preset
 from gpu_etl.shuffle import BUCKET_BYTES, Shuffler
@@ -54,18 +55,21 @@ class EncodePass:
 
     def _encoded(self, begin: int, end: int, bar: tqdm) -> Iterator[np.ndarray]:
         """Records of the rows begin to end, ENCODE_ROWS at a time."""
+        for pieces in prefetch(self._read(begin, end)):
+            blocks = [
+                self._kernels.encode(values, missing, self._lookup, self._preset, part.shift, part.empty_value)
+                for part, values, missing in pieces
+            ]
+            records = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+            yield records
+            bar.update(len(records))
+
+    def _read(self, begin: int, end: int) -> Iterator[list[tuple[Segment, np.ndarray, np.ndarray]]]:
+        """The spilled rows begin to end, ENCODE_ROWS at a time, cut where a day file ends."""
         for start in range(begin, end, ENCODE_ROWS):
             stop = min(start + ENCODE_ROWS, end)
             inside = [part for part in self._parts if part.begin < stop and start < part.end]
-            blocks = [
-                self._kernels.encode(
-                    *self._spill.read(max(start, part.begin), min(stop, part.end)),
-                    self._lookup, self._preset, part.shift, part.empty_value,
-                )
-                for part in inside
-            ]  # fmt: skip
-            yield blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
-            bar.update(stop - start)
+            yield [(part, *self._spill.read(max(start, part.begin), min(stop, part.end))) for part in inside]
 
     def run(self, split: str, begin: int, end: int, shuffle_seed: int | None) -> None:
         """Write the split of rows begin to end; shuffled, unless the seed is None."""

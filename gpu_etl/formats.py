@@ -51,7 +51,7 @@ class Part:
         if self.logged:
             # In double precision: a float32 log differs between libraries and CPUs, and the bytes must not.
             return np.log(values + 1.0).astype(self.dtype, order="C")
-        converted = values.astype(self.dtype, order="C")
+        converted = np.ascontiguousarray(values, self.dtype)
         if self.dtype in ID_DTYPES[:2] and not np.array_equal(converted, values):
             raise DataError(
                 f"{self.path}: expected ids that fit {self.dtype}, chosen by the table size, got {values.min()} to "

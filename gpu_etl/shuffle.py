@@ -12,11 +12,12 @@ import numba
 import numpy as np
 
 from gpu_etl.jit import compiled, compiled_parallel
+from gpu_etl.prefetch import prefetch
 from gpu_etl.schema import COLUMNS, RECORD_DTYPE
 
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 NUMBERED = np.dtype([("row", "<i8"), ("record", RECORD_DTYPE, (COLUMNS,))])
-BUCKET_BYTES = 64 << 20
+BUCKET_BYTES = 16 << 20
 MAX_BUCKETS = 512  # open files; beyond this, buckets grow instead
 
 
@@ -78,7 +79,7 @@ def _gather(numbered, order, records):
 
 
 class Shuffler:
-    """Takes `rows` records in order, gives them back shuffled; one bucket at a time is in memory, twice.
+    """Takes `rows` records in order, gives them back shuffled; two or three buckets are in memory.
 
     Each add() brings `step` rows, the last one what is left. Bucket files number their records, so that what a killed
     run has put there tells by itself how far it came: `taken` rows are safely there. `finished` says that all are, as
@@ -121,11 +122,16 @@ class Shuffler:
     def shuffled(self, start: int = 0) -> Iterator[np.ndarray]:
         """All records in their new order, bucket by bucket from `start` on; remove() each once it is stored."""
         self.close()
+        for numbered, order in prefetch(self._sorted(start), depth=1):
+            records = np.empty((len(numbered), COLUMNS), RECORD_DTYPE)
+            _gather(numbered, order, records)
+            yield records
+
+    def _sorted(self, start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Buckets as they lie on disk, and the order in which their records come."""
         for path in self._paths[start:]:
             numbered = np.fromfile(path, NUMBERED)
-            records = np.empty((len(numbered), COLUMNS), RECORD_DTYPE)
-            _gather(numbered, np.argsort(keys_of(self._seed, numbered["row"])), records)
-            yield records
+            yield numbered, np.argsort(keys_of(self._seed, numbered["row"]))
 
     def remove(self, bucket: int) -> None:
         """Delete a bucket's file, if it is still there."""

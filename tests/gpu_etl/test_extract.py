@@ -6,7 +6,8 @@ import pytest
 from isal import igzip
 
 from gpu_etl.errors import DataError
-from gpu_etl.extract import open_sources, prefetch, read_day
+from gpu_etl.extract import open_sources, read_day
+from gpu_etl.prefetch import prefetch
 from tests.reference import write_rows
 
 TEXT = write_rows(seed=3, rows=200)

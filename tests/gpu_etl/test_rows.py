@@ -96,3 +96,13 @@ def test_faults_are_described(column, bad, words):
     line = b"\t".join(fields)
     code = parse_text(line)[2][0]
     assert words in faults.describe(np.frombuffer(line, np.uint8), 0, len(line), code)
+
+
+def test_every_byte_at_every_place_of_eight_hex_digits():
+    lines = []
+    for place in range(8):
+        for byte in set(range(256)) - {9, 10}:
+            digits = bytearray(b"0f9aAF5e")
+            digits[place] = byte
+            lines.append(GOOD.replace(b"abcdef01", bytes(digits), 1))
+    check(lines)
