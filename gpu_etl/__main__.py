@@ -37,7 +37,7 @@ def encode(args: argparse.Namespace) -> dict:
         "seconds": round(seconds, 3),
         "stages": report.seconds,
         "peak_bytes": report.peak_bytes,
-        "rows_per_second": round(read / seconds),
+        "rows_per_second": round(read / seconds) if report.seconds else None,
     }
 
 

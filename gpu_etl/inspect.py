@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 
 from gpu_etl import manifest
-from gpu_etl.load.dataset import open_dataset
+from gpu_etl.errors import DataError
+from gpu_etl.load.dataset import RecordFile, open_dataset
 from gpu_etl.schema import COLUMN_NAMES, DENSE, FIRST_DENSE, FIRST_SPARSE, RECORD_DTYPE, SPARSE, SPLITS
 
 BLOCK_ROWS = 1 << 17
@@ -140,7 +141,9 @@ def inspect(folder: Path, progress=lambda rows: None) -> dict:
     number of rows read since the last call. Raises DataError where the data set cannot be opened, is not in the form of
     records, or holds a label or id out of range.
     """
-    dataset = open_dataset(folder)
+    dataset = open_dataset(folder, "auto")
+    if not isinstance(dataset.splits["train"], RecordFile):
+        raise DataError(f"{folder}: inspect reads 160-byte records, found split files; encode with --format records")
     description = dataset.manifest
     meanings = _meanings(description.settings if description else None)
     labels = {split: _Labels(dataset.splits[split].rows) for split in SPLITS if split in dataset.splits}

@@ -1,7 +1,8 @@
-"""Numba decorators whose on-disk cache notices a change in any module of this package (leaf).
+"""Numba decorators whose on-disk cache notices changes in what compiled functions share (leaf).
 
 Numba keys its cache by the file of the decorated function alone: after an edit of rows.py, loops of cpu.py that had
-inlined it would go on running the old code. Here the folder's name holds a digest of all sources instead.
+inlined it would go on running the old code. Here the folder's name holds a digest of the modules whose functions and
+constants are compiled into those of others.
 """
 
 import hashlib
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import numba
 
+SHARED = ("rows.py", "schema.py", "shuffle.py")
+
 if not os.environ.get("NUMBA_CACHE_DIR"):
     package = Path(__file__).parent
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(package.rglob("*.py")))).hexdigest()[:12]
+    digest = hashlib.sha256(b"".join((package / name).read_bytes() for name in SHARED)).hexdigest()[:12]
     home = package / "__pycache__"
     if not os.access(home if home.exists() else package, os.W_OK):
         home = Path(tempfile.gettempdir()) / f"gpu_etl-{os.getuid()}"
