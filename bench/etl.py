@@ -1,6 +1,8 @@
 """Raw text -> data set with the count preset, beside a Polars pipeline that does the same work in memory."""
 
 import argparse
+import shutil
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -13,6 +15,7 @@ from bench.command import run
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of this benchmark."""
     parser.add_argument("--rows", type=int, default=1_000_000, metavar="N", help="synthetic rows (default: 1,000,000)")
+    parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of each, of which the median counts")
 
 
 def _inflate_seconds(paths: list[Path]) -> float:
@@ -26,7 +29,8 @@ def _inflate_seconds(paths: list[Path]) -> float:
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Encode the same rows as text, as gzip, and with Polars; each figure is a whole process, its start included.
+    """Encode the same rows as text, as gzip, and with Polars; each figure is a whole process, its start included,
+    and the median of several.
 
     Ours also shuffles the training rows and writes checksums; Polars does neither.
     """
@@ -37,13 +41,27 @@ def measure(args: argparse.Namespace) -> dict:
         days = [Path(text) / f"day_{day}" for day in range(3)]
         packed_days = [Path(packed) / f"day_{day}.gz" for day in range(3)]
         run("-m", "gpu_etl", "encode", *days, "--out", f"{folder}/warm")  # compiles; the cache stays on disk
-        ours = run("-m", "gpu_etl", "encode", *days, "--out", f"{folder}/ours")
-        ours_gzip = run("-m", "gpu_etl", "encode", *packed_days, "--out", f"{folder}/ours_gzip")
-        polars = run("-m", "bench.polars_peer", *days, "--out", f"{folder}/polars.bin")
+        runs = []
+        for turn in range(args.repeat):  # in turns, so that a slow minute of a shared machine hits all alike
+            out = f"{folder}/{turn}"
+            runs.append((
+                run("-m", "gpu_etl", "encode", *days, "--out", f"{out}_text"),
+                run("-m", "gpu_etl", "encode", *packed_days, "--out", f"{out}_gzip"),
+                run("-m", "bench.polars_peer", *days, "--out", f"{out}_polars.bin"),
+                _inflate_seconds(packed_days),
+            ))  # fmt: skip
+            for path in Path(folder).glob(f"{turn}_*"):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        ours, ours_gzip, polars = (
+            min(done, key=lambda one: abs(one.seconds - statistics.median(other.seconds for other in done)))
+            for done in list(zip(*runs, strict=True))[:3]
+        )
+        inflate = statistics.median(turn[3] for turn in runs)
         size = sum(path.stat().st_size for path in days)
-        inflate = _inflate_seconds(packed_days)
     return {
         "rows": args.rows,
+        "repeat": args.repeat,
+        "stages": ours.result["stages"],
         "rows_per_second": round(args.rows / ours.seconds),
         "gigabytes_per_second": round(size / ours.seconds / 1e9, 3),
         "gzip_rows_per_second": round(args.rows / ours_gzip.seconds),

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -64,7 +65,7 @@ class CountPass:
     """Runs the pass. tallies: one a day file. bad_rows: "error" or "skip", up to max_bad_rows of them."""
 
     def __init__(
-        self, kernels: ModuleType, sources: list[Source], preset: Preset, seed: int, journal: Journal, spill_folder,
+        self, kernels: ModuleType, sources: list[Source], preset: Preset, seed: int, journal: Journal, work: Path,
         workers: int, bad_rows: str, max_bad_rows: int,
     ):  # fmt: skip
         self._kernels, self._sources, self._preset, self._seed = kernels, sources, preset, seed
@@ -74,7 +75,7 @@ class CountPass:
             self.tallies[event["day"]].add(**{key: value for key, value in event.items() if key != "day"})
         for event in journal.all("day"):
             self.tallies[event["day"]].crc32 = event["crc32"]
-        self.spill = Spill(spill_folder, self.rows)
+        self.spill = Spill(work, self.rows)
         self._counter = kernels.Counter(preset, workers)
         self._writer = ThreadPoolExecutor(1)
 

@@ -226,9 +226,3 @@ def read_day(source: Source, day: int, slab_bytes: int, skip: int = 0) -> Iterat
     else:
         packing = "gzip" if magic[:2] == GZIP_MAGIC else "zstd" if magic in ZSTD_MAGICS else ""
         yield from _read_text(source, day, slab_bytes, skip, packing)
-
-
-def read_days(sources: list[Source], slab_bytes: int) -> Iterator[Slab]:
-    """Slabs of all day files, one file after the other."""
-    for day, source in enumerate(sources):
-        yield from read_day(source, day, slab_bytes)
