@@ -25,8 +25,7 @@ from model import checkpoint, flags
 from model.config import ConfigError, ModelConfig, read_config
 from model.device import choose_device
 from model.dlrm import DLRM
-from model.engine import LoopOptions, Precision, Trainer, fit, profile
-from model.schedule import Schedule
+from model.engine import Trainer, fit, profile
 
 
 def say(text: str) -> None:
@@ -49,15 +48,6 @@ def open_data(args: argparse.Namespace) -> tuple[DataSet, ModelConfig]:
     return data, config
 
 
-def choose_precision(args: argparse.Namespace, device: torch.device) -> Precision:
-    """What --amp, --fp16 and the device ask for."""
-    if args.amp:
-        return Precision(torch.bfloat16)
-    if args.fp16 or (args.fp16 is None and device.type == "cuda"):
-        return Precision(torch.float16, args.loss_scale)
-    return Precision()
-
-
 def run(args: argparse.Namespace) -> dict:
     """Train or test as the flags say; returns the results."""
     flags.check(args)
@@ -66,11 +56,7 @@ def run(args: argparse.Namespace) -> dict:
     torch.manual_seed(args.seed)
     with device:
         model = DLRM(config, args.use_embedding_ext)
-    schedule = Schedule(
-        args.lr, args.warmup_steps, args.warmup_factor,
-        args.decay_start_step, args.decay_steps, args.decay_power, args.decay_end_lr,
-    )  # fmt: skip
-    trainer = Trainer(model, schedule, choose_precision(args, device))
+    trainer = Trainer(model, flags.schedule(args), flags.precision(args, device))
     Loader = CpuLoader  # noqa: N806 - a class
     if args.loader == "dali":
         from gpu_etl.load.dali import DaliLoader as Loader
@@ -103,10 +89,9 @@ def run(args: argparse.Namespace) -> dict:
 
 def train(args, trainer: Trainer, loader, test) -> dict:
     """Train as the flags say; returns what happened."""
-    options = LoopOptions(args.epochs, args.print_freq, args.test_freq, args.test_after, args.auc_threshold)
     for warning in trainer.schedule.warnings(args.epochs * len(loader)):
         say(f"warning: {warning}")
-    progress = fit(trainer, loader, lambda: test("val"), options)
+    progress = fit(trainer, loader, lambda: test("val"), flags.loop_options(args))
     return {
         "steps": trainer.steps,
         "ended": progress.ended,

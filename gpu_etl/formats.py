@@ -15,6 +15,7 @@ import numpy as np
 
 from gpu_etl.errors import DataError
 from gpu_etl.schema import COLUMNS, DENSE, FIRST_DENSE, FIRST_SPARSE, RECORD_DTYPE, SPARSE, split_file
+from gpu_etl.spill import append
 
 SPEC_FILE = "feature_spec.yaml"
 ID_DTYPES = tuple(np.dtype(name) for name in ("i1", "<i2", "<i4"))
@@ -118,8 +119,7 @@ class SplitWriter:
         if records.ndim != 2 or records.shape[1] != COLUMNS or records.dtype != RECORD_DTYPE:
             raise DataError(f"expected records {RECORD_DTYPE} [n, {COLUMNS}], got {records.dtype} {records.shape}")
         for part, file in zip(self._parts, self._files, strict=True):
-            file.write(part.convert(records))
-            file.flush()
+            append(file, part.convert(records))
 
     def close(self) -> None:
         """Bring everything to the disk and close the files."""

@@ -247,6 +247,7 @@ def encode_days(inputs: list[Path], out: Path, settings: Settings) -> tuple[mani
     Memory: a few slabs, the vocabulary, one shuffle bucket. Disk, beside the result: 168 B a row while it runs, and
     168 B a training row for the shuffle. A run that was killed, or whose disk was full, goes on where it was when it is
     started again, and ends with the same bytes. Raises DataError on bad input or settings; nothing stays in `out` then.
+    Raises OSError where the disk fails or is full.
     """
     settings.check(len(inputs))
     sources = open_sources(inputs)
@@ -265,6 +266,9 @@ def encode_days(inputs: list[Path], out: Path, settings: Settings) -> tuple[mani
             if not existed and not any(out.iterdir()):
                 out.rmdir()
             raise
+        except OSError as error:
+            advice = "mend that, then give the same command again: it goes on where it was"
+            raise OSError(error.errno, f"{error.strerror or error}; {advice}", error.filename or str(out)) from error
         finally:
             journal.close()
     else:

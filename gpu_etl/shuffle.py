@@ -14,6 +14,7 @@ import numpy as np
 from gpu_etl.jit import compiled, compiled_parallel
 from gpu_etl.prefetch import prefetch
 from gpu_etl.schema import COLUMNS, RECORD_DTYPE
+from gpu_etl.spill import append
 
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 NUMBERED = np.dtype([("row", "<i8"), ("record", RECORD_DTYPE, (COLUMNS,))])
@@ -117,7 +118,7 @@ class Shuffler:
         _partition(row_keys(self._seed, self.taken, len(records)), records, self.taken, ends, numbered)
         self.taken += len(records)
         for file, begin, end in zip(self._files, [0, *ends[:-1]], ends, strict=True):
-            numbered[begin:end].tofile(file)
+            append(file, numbered[begin:end])
 
     def shuffled(self, start: int = 0) -> Iterator[np.ndarray]:
         """All records in their new order, bucket by bucket from `start` on; remove() each once it is stored."""

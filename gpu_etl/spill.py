@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -9,6 +10,15 @@ from gpu_etl.errors import DataError
 from gpu_etl.schema import COLUMNS
 
 VALUE_BYTES, MISSING_BYTES = COLUMNS * 4, 8
+
+
+def append(file: BinaryIO, array: np.ndarray) -> None:
+    """Append a contiguous array to a file opened for it; it is with the kernel on return, or OSError was raised.
+
+    ndarray.tofile leaves the last bytes in a buffer of C, and says nothing where a full disk does not take them.
+    """
+    file.write(array)
+    file.flush()
 
 
 class Spill:
@@ -28,8 +38,8 @@ class Spill:
 
     def add(self, values: np.ndarray, missing: np.ndarray) -> None:
         """Append a slab. It is with the kernel on return."""
-        values.tofile(self._files[0])
-        missing.tofile(self._files[1])
+        for file, array in zip(self._files, (values, missing), strict=True):
+            append(file, array)
 
     def read(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows begin to end."""

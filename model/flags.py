@@ -2,7 +2,11 @@
 
 import argparse
 
+import torch
+
 from model.config import ConfigError, names
+from model.engine import LoopOptions, Precision
+from model.schedule import Schedule
 
 TRUE, FALSE = ("true", "t", "1", "yes"), ("false", "f", "0", "no")
 
@@ -123,3 +127,25 @@ def check(args: argparse.Namespace) -> None:
     for name in ("lr", "loss_scale"):
         if not getattr(args, name) > 0:
             raise ConfigError(f"--{name}: expected a number above 0, got {getattr(args, name)}")
+
+
+def schedule(args: argparse.Namespace) -> Schedule:
+    """The learning-rate schedule that the flags ask for."""
+    return Schedule(
+        args.lr, args.warmup_steps, args.warmup_factor,
+        args.decay_start_step, args.decay_steps, args.decay_power, args.decay_end_lr,
+    )  # fmt: skip
+
+
+def precision(args: argparse.Namespace, device: torch.device) -> Precision:
+    """What --amp, --fp16 and the device ask for."""
+    if args.amp:
+        return Precision(torch.bfloat16)
+    if args.fp16 or (args.fp16 is None and device.type == "cuda"):
+        return Precision(torch.float16, args.loss_scale)
+    return Precision()
+
+
+def loop_options(args: argparse.Namespace) -> LoopOptions:
+    """How long to train, and when to report, test and stop."""
+    return LoopOptions(args.epochs, args.print_freq, args.test_freq, args.test_after, args.auc_threshold)

@@ -95,6 +95,33 @@ def test_killed_at_any_write_and_started_again(day_files, tmp_path, small_steps,
         assert digests(out) == expected, f"killed at write {point} of {writes}"
 
 
+# Runs the command once without a limit into WARM, so that compiled code need not be stored under the limit.
+FULL_DISK = """
+import contextlib, io, resource, sys
+from gpu_etl.__main__ import main
+limit, warm, *words = sys.argv[1:]
+with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    main([*words[:-1], warm])
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
+sys.exit(main(words))
+"""
+
+
+@pytest.mark.parametrize("limit", [30_000, 120_000])
+def test_a_disk_that_fills_up_is_an_error_and_the_run_can_go_on(day_files, tmp_path, limit):
+    # No file may grow beyond the limit: 30,000 bytes stop the count pass, 120,000 the writing of the training split.
+    whole, full = tmp_path / "whole", tmp_path / "full"
+    words = ["encode", *map(str, day_files), "--slab-bytes", "20000", "--seed", "5", "--out", str(full)]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(limit), str(whole), *words], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and not done.stdout
+    assert f"error: {full}: File too large; mend that, then give the same command again" in done.stderr
+    assert [path.name for path in full.iterdir()] == [".work"]
+    _, report = encode_days(day_files, full, SETTINGS)
+    assert report.resumed and digests(full) == digests(whole)
+
+
 def test_killed_twice(day_files, tmp_path, small_steps):
     killed_run(0, "", tmp_path / "whole", day_files)
     out = tmp_path / "killed"
