@@ -6,7 +6,7 @@
         --decay_steps 27772 --decay_start_step 49315 --batch_size 2048 --epochs 5     (DeepSparkHub's recipe)
 
 Tests on the validation split while it trains and on the test split at the end. Words and progress go to stderr; the
-last line of stdout is one JSON object. Exit status: 0, or 1 after an error.
+last line of stdout is one JSON object. Exit status: 0, 1 after an error, 130 after Ctrl-C.
 """
 
 import argparse
@@ -119,6 +119,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         say(f"error: {error.filename or ''}: {error.strerror or error}")
         return 1
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
     return 0
 
 

@@ -5,7 +5,8 @@
     python -m gpu_etl verify data/set
     python -m gpu_etl inspect data/set --png data/set.png
 
-Words and progress go to stderr; the last line of stdout is one JSON object. Exit status: 0, or 1 after an error.
+Words and progress go to stderr; the last line of stdout is one JSON object. Exit status: 0, 1 after
+an error, 130 after Ctrl-C.
 """
 
 import argparse
@@ -88,6 +89,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; an encode goes on where it was when given the same command again", file=sys.stderr)
+        return 130
     print(json.dumps({"command": args.command, **result}))
     return 0
 
