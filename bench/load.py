@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gpu_etl.load.cpu import CpuLoader, unpack
+from gpu_etl.load.batch import make_batch
+from gpu_etl.load.cpu import CpuLoader
 from gpu_etl.load.dali import DaliLoader
 from gpu_etl.load.dataset import RecordFile
 from gpu_etl.schema import COLUMNS, RECORD_DTYPE
@@ -35,7 +36,8 @@ class _Rows(torch.utils.data.Dataset):
         return min(self._source.rows, PER_ROW_LIMIT)
 
     def __getitem__(self, row: int):
-        return tuple(tensor[0] for tensor in unpack(self._source.read(row, row + 1)))
+        columns = map(torch.from_numpy, self._source.columns(row, row + 1))
+        return tuple(tensor[0] for tensor in make_batch(*columns, logged=False))
 
 
 def _median_rate(batches, rows: int, repeat: int) -> float:

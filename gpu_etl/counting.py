@@ -16,7 +16,7 @@ from gpu_etl.errors import DataError
 from gpu_etl.extract import Slab, Source, read_day
 from gpu_etl.journal import Journal
 from gpu_etl.prefetch import prefetch
-from gpu_etl.rows import INT32_MAX
+from gpu_etl.rows import FAULT_STRIDE, INT32_MAX
 from gpu_etl.sampling import dropped_rows
 from gpu_etl.schema import FIRST_DENSE, FIRST_SPARSE, Preset
 from gpu_etl.spill import Spill
@@ -136,7 +136,7 @@ class CountPass:
         """Bad rows of the slab by reason. Raises DataError where there may be none, or not so many."""
         bad = np.flatnonzero(codes)
         before = sum(tally.dropped[reason] for tally in self.tallies for reason in faults.REASONS.values())
-        dropped: Counter = Counter(faults.REASONS[int(code)] for code in codes[bad] // faults.rows.FAULT_STRIDE)
+        dropped: Counter = Counter(faults.REASONS[int(code)] for code in codes[bad] // FAULT_STRIDE)
         for place, row in enumerate(bad.tolist()):
             where = f"{self._sources[slab.day].path}: row {self.tallies[slab.day].read + row + 1}"
             words = f"{where}: {slab.describe(row, codes[row])}"

@@ -23,8 +23,8 @@ WORK = ".work"
 JOB, JOURNAL = "job.json", "journal.jsonl"
 MIN_SLAB_BYTES = 1 << 10
 BAD_ROWS = ("error", "skip")
-LEAST_ROW_BYTES = {".gz": 80, ".zst": 70, ".parquet": 60}  # a row is rarely smaller than this in such a file
-LEAST_TEXT_ROW_BYTES = 200
+ASSUMED_ROW_BYTES = {".gz": 80, ".zst": 70, ".parquet": 60}  # of such a file, to guess at its rows; text: below
+ASSUMED_TEXT_ROW_BYTES = 400
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,8 @@ def _finished(out: Path, job: dict) -> manifest.Manifest | None:
 
 
 def _check_space(out: Path, sources: list[Source]) -> None:
-    """Raise DataError where the disk cannot hold what the days will become, at a guess that errs to the low side."""
-    rows = sum(s.size // LEAST_ROW_BYTES.get(s.path.suffix, LEAST_TEXT_ROW_BYTES * 2) for s in sources)
+    """Raise DataError where the disk cannot hold what the days will become, at a rough guess of their rows."""
+    rows = sum(s.size // ASSUMED_ROW_BYTES.get(s.path.suffix, ASSUMED_TEXT_ROW_BYTES) for s in sources)
     need = rows * (VALUE_BYTES + MISSING_BYTES + RECORD_BYTES)
     free = shutil.disk_usage(out).free
     if free < need:
@@ -244,7 +244,7 @@ def _publish(work: Path, out: Path, description: manifest.Manifest) -> None:
 def encode_days(inputs: list[Path], out: Path, settings: Settings) -> tuple[manifest.Manifest, Report]:
     """Encode raw day files into a data set in folder `out`. Returns its manifest and what it cost.
 
-    Memory: a few slabs, the vocabulary, one shuffle bucket. Disk, beside the result: 168 B a row while it runs, and
+    Memory: a few slabs, the vocabulary, a few shuffle buckets. Disk, beside the result: 168 B a row while it runs, and
     168 B a training row for the shuffle. A run that was killed, or whose disk was full, goes on where it was when it is
     started again, and ends with the same bytes. Raises DataError on bad input or settings; nothing stays in `out` then.
     Raises OSError where the disk fails or is full.

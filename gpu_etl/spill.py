@@ -32,7 +32,7 @@ class Spill:
         for path, size in zip(self._paths, (VALUE_BYTES, MISSING_BYTES), strict=True):
             path.touch()
             if path.stat().st_size < rows * size:
-                raise DataError(f"{path}: shorter than its journal says; delete {folder} and start again")
+                raise DataError(f"{path}: shorter than its journal says, so that run cannot go on; start again")
             os.truncate(path, rows * size)
         self._files = [open(path, "ab") for path in self._paths]  # noqa: SIM115 - closed in close()
 

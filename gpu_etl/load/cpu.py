@@ -2,16 +2,10 @@
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 
 from gpu_etl.load.batch import Batch, batch_ranges, make_batch
-from gpu_etl.load.dataset import Source, record_columns
-
-
-def unpack(block: np.ndarray) -> Batch:
-    """Records int32 [B, 40] -> batch on the CPU, in memory of its own."""
-    return make_batch(*map(torch.from_numpy, record_columns(block)), logged=False)
+from gpu_etl.load.dataset import Source
 
 
 class CpuLoader:

@@ -29,15 +29,6 @@ CHECK_ROWS = 1 << 18
 Columns = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
-def record_columns(records: np.ndarray) -> Columns:
-    """Records int32 [n, 40] -> dense float32 [n, 13] (not logged), sparse int32 [n, 26], label float32 [n]; copies."""
-    return (
-        records[:, FIRST_DENSE:FIRST_SPARSE].astype(np.float32, order="C"),
-        records[:, FIRST_SPARSE:].astype(np.int32, order="C"),
-        records[:, 0].astype(np.float32),
-    )
-
-
 class RecordFile:
     """A file of 160-byte records, memory-mapped."""
 
@@ -62,7 +53,12 @@ class RecordFile:
 
     def columns(self, begin: int, end: int) -> Columns:
         """Rows begin to end as dense float32 [n, 13], sparse int32 [n, 26], label float32 [n]; copies."""
-        return record_columns(self.read(begin, end))
+        records = self.read(begin, end)
+        return (
+            records[:, FIRST_DENSE:FIRST_SPARSE].astype(np.float32, order="C"),
+            records[:, FIRST_SPARSE:].astype(np.int32, order="C"),
+            records[:, 0].astype(np.float32),
+        )
 
     def check(self, table_sizes: Sequence[int], begin: int, end: int) -> None:
         """Check labels, integers and ids of rows begin to end. Raises DataError at the first wrong one."""
