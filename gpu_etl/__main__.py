@@ -11,6 +11,7 @@ an error, 130 after Ctrl-C.
 
 import argparse
 import json
+import os
 import sys
 import time
 
@@ -20,6 +21,8 @@ from gpu_etl.errors import DataError
 
 def encode(args: argparse.Namespace) -> dict:
     """Run the encode command; returns its results."""
+    # Threads that wait for the next parallel loop would otherwise spin on the cores where files are read and written.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from gpu_etl.inputs import expand
     from gpu_etl.pipeline import encode_days
     from gpu_etl.report import summary

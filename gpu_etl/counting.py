@@ -1,9 +1,9 @@
-"""The count pass: parse every day into the spill and count its values, from where an earlier run stopped."""
+"""The count pass: parse every day, code and count its values, store coded rows; from where an earlier run stopped."""
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -15,14 +15,18 @@ from gpu_etl import faults, vocabulary
 from gpu_etl.errors import DataError
 from gpu_etl.extract import Slab, Source, read_day
 from gpu_etl.journal import Journal
-from gpu_etl.prefetch import prefetch
+from gpu_etl.memory import Reused
+from gpu_etl.prefetch import side_by_side
 from gpu_etl.rows import FAULT_STRIDE, INT32_MAX
 from gpu_etl.sampling import dropped_rows
-from gpu_etl.schema import FIRST_DENSE, FIRST_SPARSE, Preset
-from gpu_etl.spill import Spill
+from gpu_etl.schema import FIRST_DENSE, FIRST_SPARSE, RECORD_DTYPE, Preset
+from gpu_etl.shuffle import Buckets
+from gpu_etl.spill import Spill, first_number
 
 SHOWN_BAD_ROWS = 5
-RECOUNT_ROWS = 1 << 16
+RECOUNT_ROWS = 1 << 15
+CORES_PER_READER = 4  # a core inflates about four times as fast as it parses, codes and stores
+CODING = {"clamp": (0, 0), "plus2": (2, 0)}  # preset.dense -> shift, empty_value; "min" waits for the day's smallest
 
 
 @dataclass
@@ -53,65 +57,102 @@ class _DayEnd:
     day: int
 
 
-def _read(sources: list[Source], tallies: list[Tally], slab_bytes: int) -> Iterator[Slab | _DayEnd]:
-    """Slabs of all days not read yet, and a _DayEnd behind each day."""
-    for day, (source, tally) in enumerate(zip(sources, tallies, strict=True)):
-        if tally.crc32 is None:
-            yield from read_day(source, day, slab_bytes, tally.end)
-            yield _DayEnd(day)
+def _read(kernels: ModuleType, source: Source, day: int, slab_bytes: int, skip: int) -> Iterator[Slab | _DayEnd]:
+    """Slabs of a day from `skip` on, ready to parse, and a _DayEnd behind them."""
+    for slab in read_day(source, day, slab_bytes, skip):
+        slab.prepare(kernels)
+        yield slab
+    yield _DayEnd(day)
 
 
 class CountPass:
-    """Runs the pass. tallies: one a day file. bad_rows: "error" or "skip", up to max_bad_rows of them."""
+    """Runs the pass. tallies: one a day file. bad_rows: "error" or "skip", up to max_bad_rows of them.
+
+    to_buckets: of each day, whether its rows go into the shuffle's buckets, rather than into a file of its own. What an
+    earlier run has done is read from the journal.
+    """
 
     def __init__(
         self, kernels: ModuleType, sources: list[Source], preset: Preset, seed: int, journal: Journal, work: Path,
-        workers: int, bad_rows: str, max_bad_rows: int,
+        workers: int, bad_rows: str, max_bad_rows: int, to_buckets: list[bool],
     ):  # fmt: skip
         self._kernels, self._sources, self._preset, self._seed = kernels, sources, preset, seed
         self._journal, self._bad_rows, self._max_bad_rows = journal, bad_rows, max_bad_rows
+        self._workers, self.to_buckets = workers, to_buckets
         self.tallies = [Tally() for _ in sources]
+        self._keys = 0
         for event in journal.all("slab"):
-            self.tallies[event["day"]].add(**{key: value for key, value in event.items() if key != "day"})
+            self._keys += event["keys"]
+            self.tallies[event["day"]].add(**{key: value for key, value in event.items() if key not in ("day", "keys")})
         for event in journal.all("day"):
             self.tallies[event["day"]].crc32 = event["crc32"]
-        self.spill = Spill(work, self.rows)
-        self._counter = kernels.Counter(preset, workers)
-        self._writer = ThreadPoolExecutor(1)
+        kept = [tally.kept for tally in self.tallies]
+        self.kept_in_buckets = [rows * inside for rows, inside in zip(kept, to_buckets, strict=True)]
+        self.spill = Spill(work, [a - b for a, b in zip(kept, self.kept_in_buckets, strict=True)], self._keys)
 
     @property
     def rows(self) -> int:
         """Rows kept so far, of all days."""
         return sum(tally.kept for tally in self.tallies)
 
-    def run(self, slab_bytes: int) -> vocabulary.Counts:
-        """Read, parse, spill and count what is left; returns the counts of everything."""
-        self._recount()
-        total = sum(source.size for source in self._sources)
-        with tqdm(total=total, unit="B", unit_scale=True, desc="count ", file=sys.stderr) as bar:
-            for item in prefetch(_read(self._sources, self.tallies, slab_bytes)):
+    def run(self, slab_bytes: int, buckets: Buckets) -> vocabulary.Counts:
+        """Read, parse, code, count and store what is left; returns the counts of everything, by dictionary code."""
+        dictionaries = self._dictionaries(buckets)
+        waiting = [
+            _read(self._kernels, source, day, slab_bytes, tally.end)
+            for day, (source, tally) in enumerate(zip(self._sources, self.tallies, strict=True))
+            if tally.crc32 is None
+        ]
+        at_once = max(1, int(self._workers / CORES_PER_READER))
+        parsed = Reused()
+        stored = Reused(), Reused()
+        written: Future | None = None
+        with (
+            tqdm(total=sum(s.size for s in self._sources), unit="B", unit_scale=True, desc="count ", file=sys.stderr)
+            as bar,
+            ThreadPoolExecutor(1) as pool,
+        ):  # fmt: skip
+            for turn, item in enumerate(side_by_side(waiting, at_once, at_once)):
                 if isinstance(item, _DayEnd):
-                    crc32 = f"{self._sources[item.day].crc32:08x}"
-                    self.tallies[item.day].crc32 = crc32
-                    self._journal.record(day={"day": item.day, "crc32": crc32})
+                    job = self._end_day(item.day)
                 else:
-                    self._take(item, bar)
+                    job = self._take(item, dictionaries, buckets, parsed, stored[turn % 2], bar)
+                if written is not None:
+                    written.result()
+                written = pool.submit(job)
                 bar.set_postfix_str(f"{self.rows:,} rows", refresh=False)
                 done = sum(s.size if t.crc32 else s.read for s, t in zip(self._sources, self.tallies, strict=True))
                 bar.update(done - bar.n)
+            if written is not None:
+                written.result()
         self.spill.close()
-        return self._counter.result()
+        dictionaries.close()
+        return dictionaries.counts()
 
-    def _recount(self) -> None:
-        """Count again what an earlier run has spilled: cheaper than to keep its tables on disk."""
-        for begin in range(0, self.rows, RECOUNT_ROWS):
-            end = min(begin + RECOUNT_ROWS, self.rows)
-            self._counter.add(*self.spill.read(begin, end), begin)
+    def _end_day(self, day: int) -> Callable[[], None]:
+        crc32 = f"{self._sources[day].crc32:08x}"
+        self.tallies[day].crc32 = crc32
+        return lambda: self._journal.record(day={"day": day, "crc32": crc32})
 
-    def _take(self, slab: Slab, bar: tqdm) -> None:
-        values, missing, codes = slab.parse(self._kernels)
+    def _dictionaries(self, buckets: Buckets):
+        """New dictionaries, or those of an earlier run: their keys were stored, rows are counted again."""
+        dictionaries = self._kernels.Dictionaries(self._preset, self._workers, self.spill.keys())
+        for numbered in buckets.unordered():
+            dictionaries.recount(numbered["coded"], numbered["row"])
+        for day, (tally, inside) in enumerate(zip(self.tallies, self.to_buckets, strict=True)):
+            for begin in range(0, 0 if inside else tally.kept, RECOUNT_ROWS):
+                coded = self.spill.read(day, begin, min(begin + RECOUNT_ROWS, tally.kept))
+                dictionaries.recount(coded, np.arange(begin, begin + len(coded)) + first_number(day))
+        return dictionaries
+
+    def _take(
+        self, slab: Slab, dictionaries, buckets: Buckets, parsed: Reused, stored: Reused, bar: tqdm
+    ) -> Callable[[], None]:
+        """Parse, count and code a slab; returns what stores it and says so in the journal."""
+        values, missing, codes = slab.parse(self._kernels, parsed)
         tally = self.tallies[slab.day]
         dropped = self._drop_bad(slab, codes, bar)
+        slab.release()
         keep = codes == 0
         preset = self._preset
         if preset.sample < 1 or preset.sample_last < 1 or preset.drop_negatives:
@@ -121,16 +162,36 @@ class CountPass:
                 keep &= ~gone
         read = len(values)
         if not keep.all():
-            values, missing = values[keep], missing[keep]
+            values, missing = np.asfortranarray(values[keep]), missing[keep]
         smallest = INT32_MAX
-        if preset.dense == "min" and len(values):
+        if preset.dense in CODING:
+            self._kernels.integers(values, missing, *CODING[preset.dense])
+        elif len(values):
             smallest = int(values[:, FIRST_DENSE:FIRST_SPARSE].view(np.int32).min())
-        spilled = self._writer.submit(self.spill.add, values, missing)
-        self._counter.add(values, missing, self.rows)
-        spilled.result()
+        first = first_number(slab.day) + tally.kept
+        dictionaries.code(values, missing, first)
         event = {"read": read, "kept": len(values), "end": slab.end, "smallest": smallest, "dropped": dropped}
-        self._journal.record(slab={"day": slab.day, **event})
         tally.add(**event)
+        store = self._storing(slab.day, values, first, dictionaries.new_keys(), buckets, stored)
+        return lambda: self._journal.record(slab={"day": slab.day, "keys": store(), **event})
+
+    def _storing(
+        self, day: int, values: np.ndarray, first: int, keys: list[np.ndarray], buckets: Buckets, memory: Reused
+    ) -> Callable[[], int]:
+        """What writes the coded rows and the new keys, and returns how many keys there were."""
+        if self.to_buckets[day]:
+            grouped = buckets.group(values, first, memory)
+            write = lambda: buckets.add(*grouped)  # noqa: E731
+        else:
+            coded = memory.empty(values.shape, RECORD_DTYPE)
+            coded[:] = values.view(RECORD_DTYPE)
+            write = lambda: self.spill.add(day, coded)  # noqa: E731
+
+        def store() -> int:
+            write()
+            return self.spill.add_keys(keys)
+
+        return store
 
     def _drop_bad(self, slab: Slab, codes: np.ndarray, bar: tqdm) -> dict[str, int]:
         """Bad rows of the slab by reason. Raises DataError where there may be none, or not so many."""

@@ -1,7 +1,8 @@
-"""The encode pass: the spill's rows -> records -> the splits' files, from where an earlier run stopped."""
+"""The encode pass: coded rows -> records -> the splits' files, from where an earlier run stopped."""
 
 import sys
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -11,95 +12,135 @@ from tqdm import tqdm
 
 from gpu_etl import formats
 from gpu_etl.journal import Journal
+from gpu_etl.memory import Reused
 from gpu_etl.prefetch import prefetch
 from gpu_etl.rows import INT32_MAX
-from gpu_etl.schema import Preset
-from gpu_etl.shuffle import BUCKET_BYTES, Shuffler
-from gpu_etl.spill import Spill
-from gpu_etl.vocabulary import Vocabulary
+from gpu_etl.schema import COLUMNS, RECORD_DTYPE, Preset
+from gpu_etl.shuffle import Buckets
+from gpu_etl.spill import DAY_SHIFT, Spill, first_number
 
 ENCODE_ROWS = 1 << 15
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Rows begin to end come from one day file; its integers take shift and empty_value (rows.dense_value)."""
+def day_shifts(smallest: list[int], preset: Preset) -> np.ndarray:
+    """What is added to each day's coded integers, int64 [days]; smallest: each day's smallest integer."""
+    if preset.dense == "min":
+        return np.array([1 - min(least, INT32_MAX) for least in smallest])
+    return np.zeros(len(smallest), np.int64)
 
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows begin to end of a day."""
+
+    day: int
     begin: int
     end: int
-    shift: int
-    empty_value: int
 
 
-def segments(day_rows: list[int], smallest: list[int], preset: Preset) -> list[Segment]:
-    """How each day file's integers are encoded by the preset's rule; smallest: each file's smallest integer."""
-    found, begin = [], 0
-    for rows, least in zip(day_rows, smallest, strict=True):
-        shift = {"clamp": 0, "plus2": 2, "min": 1 - least}[preset.dense]
-        empty_value = min(shift, INT32_MAX) if preset.dense == "min" else 0
-        found.append(Segment(begin, begin + rows, shift, empty_value))
-        begin += rows
-    return found
+def _pieces(day_rows: list[int], begin: int, end: int) -> Iterator[_Piece]:
+    """The rows begin to end of all days in file order, ENCODE_ROWS at a time or less, cut where a day ends."""
+    first = 0
+    for day, rows in enumerate(day_rows):
+        for start in range(max(begin - first, 0), min(end - first, rows), ENCODE_ROWS):
+            yield _Piece(day, start, min(start + ENCODE_ROWS, end - first, rows))
+        first += rows
 
 
 class EncodePass:
-    """Runs the pass: run() once a split. Everything is written in the folder `work`."""
+    """Runs the pass: run() once a split. Everything is written in the folder `work`.
+
+    day_rows, shifts: of each day, its rows and what is added to their integers. ids: 26 arrays int32, id by code.
+    """
 
     def __init__(
-        self, kernels: ModuleType, spill: Spill, words: Vocabulary, preset: Preset, parts: list[Segment], form: str,
-        journal: Journal, work: Path,
+        self, kernels: ModuleType, spill: Spill, buckets: Buckets, day_rows: list[int], shifts: np.ndarray,
+        ids: tuple[np.ndarray, ...], table_sizes: list[int], form: str, journal: Journal, work: Path,
     ):  # fmt: skip
-        self._kernels, self._spill, self._lookup, self._preset = kernels, spill, words.lookup(), preset
-        self._parts, self._form, self._table_sizes = parts, form, words.table_sizes
-        self._journal, self._work = journal, work
+        self._kernels, self._spill, self._buckets = kernels, spill, buckets
+        self._day_rows, self._shifts = day_rows, shifts
+        self._ids = np.concatenate(ids), np.cumsum([0] + [len(column) for column in ids[:-1]])
+        self._table_sizes, self._form, self._journal, self._work = table_sizes, form, journal, work
+        self._memory = Reused(), Reused()
+        self._turn = 0
 
-    def _encoded(self, begin: int, end: int, bar: tqdm) -> Iterator[np.ndarray]:
-        """Records of the rows begin to end, ENCODE_ROWS at a time."""
-        for pieces in prefetch(self._read(begin, end)):
-            blocks = [
-                self._kernels.encode(values, missing, self._lookup, self._preset, part.shift, part.empty_value)
-                for part, values, missing in pieces
-            ]
-            records = blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
-            yield records
-            bar.update(len(records))
+    def run(self, split: str, begin: int, end: int, shuffled: bool) -> None:
+        """Write the split of rows begin to end of all days; shuffled: those in the buckets, which are the same rows.
 
-    def _read(self, begin: int, end: int) -> Iterator[list[tuple[Segment, np.ndarray, np.ndarray]]]:
-        """The spilled rows begin to end, ENCODE_ROWS at a time, cut where a day file ends."""
-        for start in range(begin, end, ENCODE_ROWS):
-            stop = min(start + ENCODE_ROWS, end)
-            inside = [part for part in self._parts if part.begin < stop and start < part.end]
-            yield [(part, *self._spill.read(max(start, part.begin), min(stop, part.end))) for part in inside]
-
-    def run(self, split: str, begin: int, end: int, shuffle_seed: int | None) -> None:
-        """Write the split of rows begin to end; shuffled, unless the seed is None."""
-        with tqdm(total=end - begin, unit="rows", unit_scale=True, desc=f"encode {split:5}", file=sys.stderr) as bar:
-            if shuffle_seed is None:
-                done = min(formats.rows_written(self._form, self._work, split, self._table_sizes), end - begin)
-                bar.update(done)
-                with self._writer(split, done) as writer:
-                    for records in self._encoded(begin + done, end, bar):
-                        writer.write(records)
+        Afterwards the journal has an event "split" with the files' sizes and checksums.
+        """
+        with (
+            tqdm(total=end - begin, unit="rows", unit_scale=True, desc=f"encode {split:5}", file=sys.stderr) as bar,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            if shuffled:
+                files = self._write_shuffled(split, pool, bar)
             else:
-                self._run_shuffled(split, begin, end, shuffle_seed, bar)
+                files = self._write_in_order(split, begin, end, pool, bar)
+        self._journal.record(split={"name": split, "files": files})
 
-    def _run_shuffled(self, split: str, begin: int, end: int, seed: int, bar: tqdm) -> None:
-        scattered = self._journal.all("scattered")
-        shuffler = Shuffler(self._work, end - begin, seed, ENCODE_ROWS, bool(scattered), BUCKET_BYTES)
-        bar.update(shuffler.taken)
-        if not scattered:
-            for records in self._encoded(begin + shuffler.taken, end, bar):
-                shuffler.add(records)
-            self._journal.record(scattered=True)
-        buckets = self._journal.all("gathered")
-        done = sum(bucket["rows"] for bucket in buckets)
-        for bucket in range(len(buckets)):
-            shuffler.remove(bucket)
-        with self._writer(split, done) as writer:
-            for bucket, records in enumerate(shuffler.shuffled(len(buckets)), len(buckets)):
-                writer.write(records)
-                self._journal.record(gathered={"bucket": bucket, "rows": len(records)})
-                shuffler.remove(bucket)
+    def _write_in_order(self, split: str, begin: int, end: int, pool: ThreadPoolExecutor, bar: tqdm) -> dict:
+        done = min(formats.rows_written(self._form, self._work, split, self._table_sizes), end - begin)
+        bar.update(done)
+        blocks = (
+            (piece.day, self._spill.read(piece.day, piece.begin, piece.end))
+            for piece in _pieces(self._day_rows, begin + done, end)
+        )
+        with formats.SplitWriter(self._form, self._work, split, self._table_sizes, done) as writer:
+            written: Future | None = None
+            for day, coded in prefetch(blocks):
+                shifts = np.full(len(coded), self._shifts[day])
+                written = self._write(writer, coded, np.arange(len(coded)), shifts, pool, written, bar)
+            if written is not None:
+                written.result()
+            return writer.described()
 
-    def _writer(self, split: str, done: int) -> formats.SplitWriter:
-        return formats.SplitWriter(self._form, self._work, split, self._table_sizes, done)
+    def _write_shuffled(self, split: str, pool: ThreadPoolExecutor, bar: tqdm) -> dict:
+        gathered = self._journal.all("gathered")
+        for bucket in range(len(gathered)):
+            self._buckets.remove(bucket)
+        done = sum(bucket["rows"] for bucket in gathered)
+        bar.update(done)
+        with formats.SplitWriter(self._form, self._work, split, self._table_sizes, done) as writer:
+            written: Future | None = None
+            for bucket, (numbered, order) in enumerate(self._buckets.ordered(len(gathered)), len(gathered)):
+                shifts = self._shifts[numbered["row"] >> DAY_SHIFT]
+                for start in range(0, len(order), ENCODE_ROWS):
+                    part = order[start : start + ENCODE_ROWS]
+                    written = self._write(writer, numbered["coded"], part, shifts, pool, written, bar)
+                written = pool.submit(self._end_bucket, bucket, len(order), written)
+            if written is not None:
+                written.result()
+            return writer.described()
+
+    def _write(
+        self, writer: formats.SplitWriter, coded: np.ndarray, order: np.ndarray, shifts: np.ndarray,
+        pool: ThreadPoolExecutor, written: Future | None, bar: tqdm,
+    ) -> Future:  # fmt: skip
+        """Finish some rows while the ones before are being written, and hand them to the writing thread."""
+        self._turn ^= 1
+        records = self._memory[self._turn].empty((len(order), COLUMNS), RECORD_DTYPE)
+        self._kernels.finish(coded, order, shifts, self._ids, records)
+        if written is not None:
+            written.result()
+        bar.update(len(order))
+        return pool.submit(writer.write, records)
+
+    def _end_bucket(self, bucket: int, rows: int, written: Future | None) -> None:
+        """Note that a bucket's rows are all written, and delete it. `written`: the last of them."""
+        if written is not None:
+            written.result()
+        self._journal.record(gathered={"bucket": bucket, "rows": rows})
+        self._buckets.remove(bucket)
+
+
+def scatter(
+    spill: Spill, buckets: Buckets, day_rows: list[int], begin: int, end: int, journal: Journal
+) -> None:
+    """Bring the rows begin to end of all days from the spill into the buckets, from where an earlier run stopped."""
+    memory = Reused()
+    done = sum(event["rows"] for event in journal.all("scattered"))
+    for piece in _pieces(day_rows, begin + done, end):
+        coded = spill.read(piece.day, piece.begin, piece.end)
+        buckets.add(*buckets.group(coded, first_number(piece.day) + piece.begin, memory))
+        journal.record(scattered={"day": piece.day, "rows": len(coded)})

@@ -13,6 +13,7 @@ from isal import igzip, isal_zlib
 
 from gpu_etl import faults
 from gpu_etl.errors import DataError
+from gpu_etl.memory import Pool, Reused
 
 NEWLINE = 10
 TAIL_BYTES = 1 << 16
@@ -29,26 +30,40 @@ class Slab(Protocol):
     day: int
     end: int
 
-    def parse(self, kernels: ModuleType) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def prepare(self, kernels: ModuleType) -> None:
+        """Do what comes before parse() and can be done in a thread that reads ahead."""
+
+    def parse(self, kernels: ModuleType, memory: Reused) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """values uint32 [n, 40], missing uint64 [n], faults int32 [n], as kernels.parse gives them."""
 
     def describe(self, row: int, code: int) -> str:
         """Words for the fault `code` of row `row` of this slab."""
 
+    def release(self) -> None:
+        """Give back the slab's memory; nothing else may be asked of it any more."""
+
 
 @dataclass
 class TextSlab:
-    """A slab of text, uint8 [bytes]."""
+    """A slab of text, uint8 [bytes]; its memory belongs to the pool."""
 
     day: int
     end: int
     text: np.ndarray
+    pool: Pool
     _ends: np.ndarray | None = None
 
-    def parse(self, kernels: ModuleType) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """See Slab."""
+    def prepare(self, kernels: ModuleType) -> None:
+        """Find the rows."""
         self._ends = kernels.find_rows(self.text)
-        return kernels.parse(self.text, self._ends)
+
+    def parse(self, kernels: ModuleType, memory: Reused) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """See Slab."""
+        return kernels.parse(self.text, self._ends, memory)
+
+    def release(self) -> None:
+        """See Slab."""
+        self.pool.give(self.text.base)
 
     def describe(self, row: int, code: int) -> str:
         """See Slab; parse comes first."""
@@ -177,14 +192,15 @@ def _cut(stream, path: Path, day: int, slab_bytes: int, end: int) -> Iterator[Te
 
     `end`: how many bytes of text came before.
     """
+    pool = Pool()
     rest = np.empty(0, np.uint8)
     while True:
-        buffer = np.empty(slab_bytes, np.uint8)
+        buffer = pool.take(slab_bytes)
         buffer[: len(rest)] = rest
         filled = _fill(stream, buffer, len(rest))
         if filled < slab_bytes:
             if filled:
-                yield TextSlab(day, end + filled, buffer[:filled])
+                yield TextSlab(day, end + filled, buffer[:filled], pool)
             return
         newline = _last_newline(buffer)
         if newline < 0:
@@ -192,9 +208,9 @@ def _cut(stream, path: Path, day: int, slab_bytes: int, end: int) -> Iterator[Te
                 f"{path}: no end of row within {slab_bytes} bytes; expected rows of about 250 bytes. "
                 "If the file is right, raise --slab-bytes"
             )
-        rest = buffer[newline + 1 :]
+        rest = buffer[newline + 1 :].copy()
         end += newline + 1
-        yield TextSlab(day, end, buffer[: newline + 1])
+        yield TextSlab(day, end, buffer[: newline + 1], pool)
 
 
 def _read_text(source: Source, day: int, slab_bytes: int, skip: int, packing: str) -> Iterator[TextSlab]:

@@ -4,6 +4,7 @@ A form is a table with a row per file: which columns of the record it holds, as 
 cutting to a row and reading (load/dataset.py) know nothing else of it.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 
 from gpu_etl.errors import DataError
 from gpu_etl.schema import COLUMNS, DENSE, FIRST_DENSE, FIRST_SPARSE, RECORD_DTYPE, SPARSE, split_file
-from gpu_etl.spill import append
+from gpu_etl.spill import append, open_cut
 
 SPEC_FILE = "feature_spec.yaml"
 ID_DTYPES = tuple(np.dtype(name) for name in ("i1", "<i2", "<i4"))
@@ -105,10 +106,15 @@ class SplitWriter:
     """
 
     def __init__(self, form: str, folder: Path, split: str, table_sizes: Sequence[int], rows_done: int = 0):
-        self._parts = parts(form, split, table_sizes)
+        self._parts, self._files = parts(form, split, table_sizes), []
+        self._digests = []
         with ExitStack() as opened:
-            paths = [(Path(folder) / part.path, part.row_bytes) for part in self._parts]
-            self._files = [opened.enter_context(_open_cut(path, size, rows_done)) for path, size in paths]
+            for part in self._parts:
+                path = Path(folder) / part.path
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._files.append(opened.enter_context(open_cut(path, part.row_bytes * rows_done)))
+                with open(path, "rb") as done:
+                    self._digests.append(hashlib.file_digest(done, "sha256"))
             self._opened = opened.pop_all()
 
     def write(self, records: np.ndarray) -> None:
@@ -118,8 +124,15 @@ class SplitWriter:
         """
         if records.ndim != 2 or records.shape[1] != COLUMNS or records.dtype != RECORD_DTYPE:
             raise DataError(f"expected records {RECORD_DTYPE} [n, {COLUMNS}], got {records.dtype} {records.shape}")
-        for part, file in zip(self._parts, self._files, strict=True):
-            append(file, part.convert(records))
+        for part, file, digest in zip(self._parts, self._files, self._digests, strict=True):
+            converted = part.convert(records)
+            append(file, converted)
+            digest.update(converted)
+
+    def described(self) -> dict[str, dict]:
+        """The manifest's entries for the files as they are: path -> bytes and SHA-256."""
+        sums = zip(self._parts, self._files, self._digests, strict=True)
+        return {part.path: {"bytes": file.tell(), "sha256": digest.hexdigest()} for part, file, digest in sums}
 
     def close(self) -> None:
         """Bring everything to the disk and close the files."""
@@ -132,20 +145,6 @@ class SplitWriter:
 
     def __exit__(self, *error) -> None:
         self.close()
-
-
-def _open_cut(path: Path, row_bytes: int, rows: int):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = open(path, "ab")  # noqa: SIM115 - SplitWriter closes it
-    size = file.tell()
-    if size < rows * row_bytes:
-        file.close()
-        raise DataError(
-            f"{path}: expected {rows} rows of {row_bytes} bytes to go on behind, found {size} bytes; "
-            "the file was cut off: start this split again"
-        )
-    file.truncate(rows * row_bytes)
-    return file
 
 
 def id_dtype(cardinality: int) -> np.dtype:

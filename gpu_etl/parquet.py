@@ -13,6 +13,7 @@ from gpu_etl.errors import DataError
 from gpu_etl.extract import ChecksummedFile, Source, skip_bytes
 from gpu_etl.faults import EXPECTED, SHOWN
 from gpu_etl.jit import compiled
+from gpu_etl.memory import Reused
 from gpu_etl.schema import COLUMN_NAMES, COLUMNS, FIRST_SPARSE
 
 ROW_BYTES = 256  # what a row takes as text, so that a slab of either form holds about as many rows
@@ -103,13 +104,19 @@ class ParquetSlab:
     end: int
     batch: pa.RecordBatch
 
-    def parse(self, kernels: ModuleType) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def prepare(self, kernels: ModuleType) -> None:
+        """Nothing to do: Arrow finds the rows."""
+
+    def release(self) -> None:
+        """Nothing to give back: Arrow frees the batch."""
+
+    def parse(self, kernels: ModuleType, memory: Reused) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """values uint32 [n, 40], missing uint64 [n], faults int32 [n] as kernels.parse gives them.
 
         Always computed on the CPU, where Arrow decodes: nothing of the text parser in `kernels` is used.
         """
         count = len(self.batch)
-        values = np.empty((count, COLUMNS), np.uint32)
+        values = memory.empty((COLUMNS, count), np.uint32).T
         missing, faults = np.zeros(count, np.uint64), np.zeros(count, np.int32)
         for column in range(COLUMNS):
             numbers, empty, kinds = _parse_column(_plain(self.batch.column(column)), column)

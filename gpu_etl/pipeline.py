@@ -8,23 +8,26 @@ import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import ModuleType
+
+import numpy as np
 
 from gpu_etl import backend, formats, manifest, splits, vocabulary
 from gpu_etl.counting import CountPass, Tally
-from gpu_etl.encoding import ENCODE_ROWS, EncodePass, segments
+from gpu_etl.encoding import EncodePass, day_shifts, scatter
 from gpu_etl.errors import DataError
 from gpu_etl.extract import Source, open_sources
 from gpu_etl.journal import Journal
 from gpu_etl.schema import PRESETS, RECORD_BYTES, Preset
-from gpu_etl.shuffle import BUCKET_BYTES, NUMBERED
-from gpu_etl.spill import MISSING_BYTES, VALUE_BYTES
+from gpu_etl.shuffle import Buckets, bucket_count
+from gpu_etl.spill import NUMBERED
 
 WORK = ".work"
-JOB, JOURNAL = "job.json", "journal.jsonl"
+JOB, JOURNAL, IDS = "job.json", "journal.jsonl", "ids.npz"
 MIN_SLAB_BYTES = 1 << 10
 BAD_ROWS = ("error", "skip")
 ASSUMED_ROW_BYTES = {".gz": 80, ".zst": 70, ".parquet": 60}  # of such a file, to guess at its rows; text: below
-ASSUMED_TEXT_ROW_BYTES = 400
+ASSUMED_TEXT_ROW_BYTES = 220
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Settings:
     max_bad_rows: int = 1000
     device: str = "auto"
     workers: int = 0
-    slab_bytes: int = 16 << 20
+    slab_bytes: int = 8 << 20
 
     def check(self, inputs: int) -> None:
         """Raise DataError where a setting is out of range or does not fit the number of input files."""
@@ -107,8 +110,14 @@ def _job(sources: list[Source], settings: Settings) -> dict:
     return {
         "settings": settings.shaping(),
         "sources": [{"file": source.path.name, "bytes": source.size} for source in sources],
-        "layout": [ENCODE_ROWS, BUCKET_BYTES],
+        "buckets": bucket_count(_guess_rows(sources, settings.preset)) if settings.shuffle else 0,
     }
+
+
+def _guess_rows(sources: list[Source], preset: Preset) -> int:
+    """About how many rows will be kept."""
+    rows = sum(s.size // ASSUMED_ROW_BYTES.get(s.path.suffix, ASSUMED_TEXT_ROW_BYTES) for s in sources)
+    return int(rows * max(preset.sample, preset.sample_last))
 
 
 def _finished(out: Path, job: dict) -> manifest.Manifest | None:
@@ -125,20 +134,18 @@ def _finished(out: Path, job: dict) -> manifest.Manifest | None:
     )
 
 
-def _check_space(out: Path, sources: list[Source]) -> None:
+def _check_space(out: Path, sources: list[Source], preset: Preset) -> None:
     """Raise DataError where the disk cannot hold what the days will become, at a rough guess of their rows."""
-    rows = sum(s.size // ASSUMED_ROW_BYTES.get(s.path.suffix, ASSUMED_TEXT_ROW_BYTES) for s in sources)
-    need = rows * (VALUE_BYTES + MISSING_BYTES + RECORD_BYTES)
+    need = _guess_rows(sources, preset) * (NUMBERED.itemsize + RECORD_BYTES)
     free = shutil.disk_usage(out).free
     if free < need:
         raise DataError(
-            f"{out}: about {need / 1e9:.0f} GB needed ({VALUE_BYTES + MISSING_BYTES} B a row while it runs, "
-            f"{NUMBERED.itemsize} B a training row to shuffle, {RECORD_BYTES} B a row of result), {free / 1e9:.0f} GB "
-            "free; choose another --out"
+            f"{out}: about {need / 1e9:.0f} GB needed ({NUMBERED.itemsize} B a row while it runs, {RECORD_BYTES} B a "
+            f"row of result), {free / 1e9:.0f} GB free; choose another --out"
         )
 
 
-def _prepare(out: Path, job: dict, sources: list[Source]) -> Path:
+def _prepare(out: Path, job: dict, sources: list[Source], settings: Settings) -> Path:
     """The work folder, new or with an earlier run of this job in it. Raises DataError where another job's is there."""
     work = out / WORK
     try:
@@ -154,21 +161,24 @@ def _prepare(out: Path, job: dict, sources: list[Source]) -> Path:
                 "repeat that command to end it, or delete this folder"
             )
         return work
-    _check_space(out, sources)
+    _check_space(out, sources, settings.preset)
     temporary = work / (JOB + ".part")
     temporary.write_text(json.dumps(job))
     temporary.rename(work / JOB)
     return work
 
 
-def _count(counting: CountPass, settings: Settings, journal: Journal, work: Path, report: Report) -> list[int]:
+def _count(
+    counting: CountPass, buckets: Buckets, settings: Settings, journal: Journal, work: Path, report: Report
+) -> list[int]:
     """The count pass and the vocabulary, unless an earlier run made them; returns the table sizes."""
     if not journal.all("counted"):
         with report.stage("count"):
-            counts = counting.run(settings.slab_bytes)
+            counts = counting.run(settings.slab_bytes, buckets)
         with report.stage("vocabulary"):
-            words = vocabulary.build(counts, settings.preset)
+            words, ids = vocabulary.build(counts, settings.preset)
             words.save(work)
+            np.savez(work / IDS, *ids)
         distinct = [len(column.keys) for column in counts.columns]
         journal.record(counted={"distinct": distinct, "table_sizes": words.table_sizes})
     (counted,) = journal.all("counted")
@@ -186,35 +196,62 @@ def _ranges(tallies: list[Tally], settings: Settings) -> dict[str, tuple[int, in
     return splits.by_last_day(day_rows, settings.preset.last_day)
 
 
+def _buckets(settings: Settings, job: dict, counting: CountPass, journal: Journal, work: Path) -> Buckets:
+    """The shuffle's buckets with what an earlier run has surely put there; none where rows stay in order."""
+    kept = counting.kept_in_buckets
+    for event in journal.all("scattered"):
+        kept[event["day"]] += event["rows"]
+    gathering = bool(journal.all("gathered"))
+    return Buckets(work, job["buckets"], settings.seed, None if gathering else kept)
+
+
+def _encode(
+    kernels: ModuleType, counting: CountPass, buckets: Buckets, ranges: dict[str, tuple[int, int]],
+    table_sizes: list[int], settings: Settings, journal: Journal, work: Path,
+) -> None:  # fmt: skip
+    """The encode pass, split by split; training rows come from the buckets, if rows are shuffled."""
+    day_rows = [tally.kept for tally in counting.tallies]
+    if settings.shuffle and not any(counting.to_buckets) and not journal.all("gathered"):
+        scatter(counting.spill, buckets, day_rows, *ranges["train"], journal)
+    shifts = day_shifts([tally.smallest for tally in counting.tallies], settings.preset)
+    with np.load(work / IDS) as arrays:
+        ids = tuple(arrays.values())
+    encoding = EncodePass(
+        kernels, counting.spill, buckets, day_rows, shifts, ids, table_sizes, settings.form, journal, work
+    )
+    finished = {event["name"] for event in journal.all("split")}
+    for split, (begin, end) in ranges.items():
+        if split not in finished:
+            encoding.run(split, begin, end, settings.shuffle and split == "train")
+
+
 def _run(
-    journal: Journal, work: Path, out: Path, sources: list[Source], settings: Settings, report: Report
+    journal: Journal, work: Path, out: Path, sources: list[Source], settings: Settings, job: dict, report: Report
 ) -> manifest.Manifest:
     """Both passes, or what is left of them, and the final names."""
     kernels = backend.device(settings.device)
     workers = kernels.set_threads(settings.workers)
-    preset, form = settings.preset, settings.form
+    # Whole days train, unless the input is cut in another way: then it takes both passes to know which rows do.
+    whole_days = settings.shuffle and not settings.days and not settings.fractions
+    to_buckets = [whole_days and day < len(sources) - 1 for day in range(len(sources))]
     counting = CountPass(
-        kernels, sources, preset, settings.seed, journal, work, workers, settings.bad_rows, settings.max_bad_rows
-    )
-    table_sizes = _count(counting, settings, journal, work, report)
-    tallies = counting.tallies
-    ranges = _ranges(tallies, settings)
+        kernels, sources, settings.preset, settings.seed, journal, work, workers, settings.bad_rows,
+        settings.max_bad_rows, to_buckets,
+    )  # fmt: skip
+    buckets = _buckets(settings, job, counting, journal, work)
+    table_sizes = _count(counting, buckets, settings, journal, work, report)
+    ranges = _ranges(counting.tallies, settings)
     if not journal.all("files"):
         with report.stage("encode"):
-            parts = segments([t.kept for t in tallies], [t.smallest for t in tallies], preset)
-            words = vocabulary.Vocabulary.load(work)
-            encoding = EncodePass(kernels, counting.spill, words, preset, parts, form, journal, work)
-            for split, (begin, end) in ranges.items():
-                encoding.run(split, begin, end, settings.seed if settings.shuffle and split == "train" else None)
-        with report.stage("checksums"):
-            extra = formats.extra_files(form, table_sizes)
-            for name, text in extra.items():
-                (work / name).write_text(text)
-            names = [name for split in ranges for name in formats.files(form, split)]
-            names += [vocabulary.FILE_NAME, *extra]
-            journal.record(files={name: manifest.describe_file(work / name) for name in names})
+            _encode(kernels, counting, buckets, ranges, table_sizes, settings, journal, work)
+        extra = formats.extra_files(settings.form, table_sizes)
+        for name, text in extra.items():
+            (work / name).write_text(text)
+        files = {name: entry for event in journal.all("split") for name, entry in event["files"].items()}
+        files |= {name: manifest.describe_file(work / name) for name in (vocabulary.FILE_NAME, *extra)}
+        journal.record(files=files)
     (files,) = journal.all("files")
-    result = _describe(sources, tallies, ranges, table_sizes, files, settings)
+    result = _describe(sources, counting.tallies, ranges, table_sizes, files, settings)
     _publish(work, out, result)
     return result
 
@@ -244,9 +281,9 @@ def _publish(work: Path, out: Path, description: manifest.Manifest) -> None:
 def encode_days(inputs: list[Path], out: Path, settings: Settings) -> tuple[manifest.Manifest, Report]:
     """Encode raw day files into a data set in folder `out`. Returns its manifest and what it cost.
 
-    Memory: a few slabs, the vocabulary, a few shuffle buckets. Disk, beside the result: 168 B a row while it runs, and
-    168 B a training row for the shuffle. A run that was killed, or whose disk was full, goes on where it was when it is
-    started again, and ends with the same bytes. Raises DataError on bad input or settings; nothing stays in `out` then.
+    Memory: a few slabs, the dictionaries, a few shuffle buckets. Disk, beside the result: 168 B a row while it runs.
+    A run that was killed, or whose disk was full, goes on where it was when it is started again, and ends with the same
+    bytes. Raises DataError on bad input or settings; nothing stays in `out` then.
     Raises OSError where the disk fails or is full.
     """
     settings.check(len(inputs))
@@ -256,11 +293,11 @@ def encode_days(inputs: list[Path], out: Path, settings: Settings) -> tuple[mani
     job = _job(sources, settings)
     result = _finished(out, job)
     if result is None:
-        work = _prepare(out, job, sources)
+        work = _prepare(out, job, sources, settings)
         journal = Journal(work / JOURNAL)
         report.resumed = bool(journal.events)
         try:
-            result = _run(journal, work, out, sources, settings, report)
+            result = _run(journal, work, out, sources, settings, job, report)
         except DataError:
             shutil.rmtree(work, ignore_errors=True)
             if not existed and not any(out.iterdir()):

@@ -1,4 +1,4 @@
-"""Make items ahead in a thread (leaf)."""
+"""Make items ahead in threads (leaf)."""
 
 import queue
 import threading
@@ -10,8 +10,18 @@ def prefetch(items: Iterator, depth: int = 2) -> Iterator:
 
     Closing the returned generator early stops the thread.
     """
+    return side_by_side([items], 1, depth)
+
+
+def side_by_side(sources: list[Iterator], at_once: int, depth: int = 2) -> Iterator:
+    """The items of all sources, of which up to `at_once` are run through at a time, a thread each, in the order given.
+
+    Items of one source keep their order, those of several mix. The first error ends it all.
+    """
     ready: queue.Queue = queue.Queue(depth)
     stopped = threading.Event()
+    waiting = iter(sources)
+    lock = threading.Lock()
     end = object()
 
     def offer(item) -> bool:
@@ -25,23 +35,34 @@ def prefetch(items: Iterator, depth: int = 2) -> Iterator:
 
     def produce() -> None:
         try:
-            for item in items:
-                if not offer((item, None)):
-                    return
+            while True:
+                with lock:
+                    source = next(waiting, end)
+                if source is end:
+                    break
+                for item in source:
+                    if not offer((item, None)):
+                        return
             offer((end, None))
         except BaseException as error:  # handed to the consumer, which raises it
             offer((end, error))
 
-    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
-    thread.start()
+    threads = [
+        threading.Thread(target=produce, name="prefetch", daemon=True) for _ in range(min(at_once, len(sources)))
+    ]
+    for thread in threads:
+        thread.start()
     try:
-        while True:
+        running = len(threads)
+        while running:
             item, error = ready.get()
             if error is not None:
                 raise error
             if item is end:
-                return
-            yield item
+                running -= 1
+            else:
+                yield item
     finally:
         stopped.set()
-        thread.join()
+        for thread in threads:
+            thread.join()

@@ -2,11 +2,9 @@
 
 The loops of cpu.py and the CUDA kernels call the same functions; tests/reference.py is their specification. They also
 run as plain Python (NUMBA_DISABLE_JIT=1). To mean the same in all three, they compute in signed 64-bit integers and
-mask to 32 bits by hand, raise nothing and allocate nothing.
+mask to 32 bits by hand, raise nothing and allocate nothing. Places in arrays are cast to unsigned before the access:
+Numba would test each signed one for being negative (a third of the time of parse_row).
 """
-
-
-
 
 import numpy as np
 
@@ -34,23 +32,22 @@ FAULT_RANGE = 4
 FAULT_HEX = 5
 
 
-
 @scalar
 def byte_at(text, position):
     """text[position] as a 64-bit integer: as the uint8 that it is, it would wrap around below 0 in plain Python."""
-    return np.int64(text[position])
+    return np.int64(text[np.uint64(position)])
 
 
 @scalar
 def at_field_end(text, position, end):
     """Whether the field ends before text[position]: at a tab, or where the row ends."""
-    return position >= end or text[position] == TAB
+    return position >= end or text[np.uint64(position)] == TAB
 
 
 @scalar
 def parse_integer(text, position, end):
     """Decimal int32 field at text[position], not empty -> (value, fault kind, its end). A minus sign, then digits."""
-    negative = text[position] == MINUS
+    negative = text[np.uint64(position)] == MINUS
     if negative:
         position += 1
     first = position
@@ -214,14 +211,32 @@ def hash32(key):
 
 
 @scalar
+def make_entry(key, payload):
+    """Entry of a hash table, int64: a 32-bit key above a payload of 1 to 2^31 - 1, so no entry is 0."""
+    return np.int64(key) << 32 | payload
+
+
+@scalar
+def entry_key(entry):
+    """The key of an entry."""
+    return (np.int64(entry) >> 32) & UINT32_MASK
+
+
+@scalar
+def entry_payload(entry):
+    """The payload of an entry; 0 for an empty slot."""
+    return np.int64(entry) & UINT32_MASK
+
+
+@scalar
 def find_slot(table, base, mask, key):
     """Slot of `key` in the open-addressing table table[base : base + mask + 1], or the empty slot where it belongs.
 
-    table int64 [slots, 2]: (key, payload), payload 0 marks an empty slot, so every 32-bit key is legal. mask + 1 is a
-    power of two, and at least one slot is empty.
+    table int64 [slots]: entries of make_entry, 0 in an empty slot, so every 32-bit key is legal. mask + 1 is a power of
+    two, and at least one slot is empty.
     """
     slot = hash32(key) & mask
-    while table[base + slot, 1] != 0 and table[base + slot, 0] != key:
+    while table[np.uint64(base + slot)] != 0 and entry_key(table[np.uint64(base + slot)]) != key:
         slot = (slot + 1) & mask
     return base + slot
 
@@ -231,8 +246,7 @@ def encode_category(table, base, mask, value, empty, missing_is_zero, max_index_
     """Id of one category field: what the table holds (payload - 1), or rare_id for a missing or unlisted value."""
     if empty and not missing_is_zero:
         return rare_id
-    slot = find_slot(table, base, mask, category_key(value, max_index_range))
-    payload = table[slot, 1]
+    payload = entry_payload(table[find_slot(table, base, mask, category_key(value, max_index_range))])
     if payload == 0:
         return rare_id
     return payload - 1

@@ -11,15 +11,18 @@ from pathlib import Path
 import numba
 import numpy as np
 
+from gpu_etl.errors import DataError
 from gpu_etl.jit import compiled, compiled_parallel
+from gpu_etl.memory import Reused
 from gpu_etl.prefetch import prefetch
-from gpu_etl.schema import COLUMNS, RECORD_DTYPE
-from gpu_etl.spill import append
+from gpu_etl.schema import COLUMNS
+from gpu_etl.spill import DAY_SHIFT, NUMBERED, append
 
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-NUMBERED = np.dtype([("row", "<i8"), ("record", RECORD_DTYPE, (COLUMNS,))])
-BUCKET_BYTES = 16 << 20
+BUCKET_BYTES = 8 << 20
 MAX_BUCKETS = 512  # open files; beyond this, buckets grow instead
+TAIL_ROWS = 1 << 12
+NUMBER_WORDS = 2  # a numbered row as 32-bit words: the number, low half first, then the row
 
 
 @compiled
@@ -51,8 +54,8 @@ def row_keys(seed: int, first_row: int, rows: int) -> np.ndarray:
 
 
 @compiled
-def _partition(keys, records, first_row, ends, numbered):
-    """Number the records and group them by bucket: b's go to numbered[ends[b - 1] : ends[b]], in order of rows."""
+def _places(keys, ends, places):
+    """places[row] = where it goes, so that rows are grouped by bucket: b's come to lie at ends[b - 1] to ends[b]."""
     buckets = np.uint64(len(ends))
     ends[:] = 0
     for row in range(len(keys)):
@@ -61,10 +64,8 @@ def _partition(keys, records, first_row, ends, numbered):
     ends[:] = np.cumsum(ends)
     for row in range(len(keys)):
         bucket = _bucket(keys[row], buckets)
-        place = next_place[bucket]
+        places[row] = next_place[bucket]
         next_place[bucket] += 1
-        numbered[place].row = first_row + row
-        numbered[place].record[:] = records[row]
 
 
 @compiled
@@ -74,71 +75,109 @@ def _bucket(key, buckets):
 
 
 @compiled_parallel
-def _gather(numbered, order, records):
-    for i in numba.prange(len(order)):
-        records[i] = numbered[order[i]].record
+def _scatter(coded, first_row, places, words):
+    for row in numba.prange(len(places)):
+        place = np.uint64(places[row])
+        number = first_row + row
+        words[place, 0] = number & 0xFFFFFFFF
+        words[place, 1] = number >> 32
+        for column in range(COLUMNS):
+            words[place, NUMBER_WORDS + column] = coded[row, column]
 
 
-class Shuffler:
-    """Takes `rows` records in order, gives them back shuffled; two or three buckets are in memory.
+def bucket_count(rows: int) -> int:
+    """How many buckets so many rows take."""
+    return min(MAX_BUCKETS, max(1, -(-rows * NUMBERED.itemsize // BUCKET_BYTES)))
 
-    Each add() brings `step` rows, the last one what is left. Bucket files number their records, so that what a killed
-    run has put there tells by itself how far it came: `taken` rows are safely there. `finished` says that all are, as
-    the buckets cannot tell any more once the first of them is removed.
+
+class Buckets:
+    """Takes numbered rows in any order, gives them back in the order of their keys, a bucket at a time.
+
+    kept: of each day, the rows that an earlier run has surely brought; later ones are dropped. None: all were brought,
+    and some buckets taken out again. Raises DataError where rows are missing.
     """
 
-    def __init__(
-        self, folder: Path, rows: int, seed: int, step: int, finished: bool = False, bucket_bytes: int = BUCKET_BYTES
-    ):
+    def __init__(self, folder: Path, count: int, seed: int, kept: list[int] | None):
         self._seed = seed
-        buckets = min(MAX_BUCKETS, max(1, -(-rows * NUMBERED.itemsize // bucket_bytes)))
-        self._paths = [folder / f"bucket_{b}" for b in range(buckets)]
-        self.taken = rows if finished else self._drop_unfinished(step)
+        self._paths = [folder / f"bucket_{b}" for b in range(count)]
+        if kept is None:
+            self._files = []
+            return
+        left = sum(_cut_back(path, np.array(kept)) for path in self._paths)
+        if count and left != sum(kept):
+            raise DataError(
+                f"{folder}: expected {sum(kept)} rows in shuffle buckets, found {left}: less than that run's journal "
+                "says (did the machine stop?), so it cannot go on; delete this folder and start again"
+            )
         self._files = [open(path, "ab") for path in self._paths]  # noqa: SIM115 - closed in close()
 
-    def _drop_unfinished(self, step: int) -> int:
-        """Cut the buckets back to where all of them have everything; returns the number of rows they then hold."""
-        last = -1
-        for path in self._paths:
-            path.touch()
-            count = path.stat().st_size // NUMBERED.itemsize
-            if count:
-                last = max(last, int(np.fromfile(path, NUMBERED, 1, offset=(count - 1) * NUMBERED.itemsize)["row"][0]))
-        whole = max(last, 0) // step * step  # rows from here on may be missing from some buckets
-        for path in self._paths:
-            count = path.stat().st_size // NUMBERED.itemsize
-            rows = np.memmap(path, NUMBERED, "r", shape=count)["row"] if count else np.empty(0)
-            os.truncate(path, int(np.searchsorted(rows, whole)) * NUMBERED.itemsize)
-        return whole
+    def group(self, coded: np.ndarray, first_row: int, memory: Reused) -> tuple[np.ndarray, np.ndarray]:
+        """Rows (32-bit integers [n, 40], numbered from first_row on) by bucket, for add(); they lie in `memory`."""
+        numbered = memory.empty((len(coded),), NUMBERED)
+        ends, places = np.empty(len(self._paths), np.int64), np.empty(len(coded), np.int64)
+        _places(row_keys(self._seed, first_row, len(coded)), ends, places)
+        words = numbered.view(np.uint32).reshape(-1, NUMBER_WORDS + COLUMNS)
+        _scatter(coded.view(np.uint32), first_row, places, words)
+        return numbered, ends
 
-    def add(self, records: np.ndarray) -> None:
-        """Take the next records, int32 [n, 40]. They are with the kernel on return."""
-        numbered = np.empty(len(records), NUMBERED)
-        ends = np.empty(len(self._files), np.int64)
-        _partition(row_keys(self._seed, self.taken, len(records)), records, self.taken, ends, numbered)
-        self.taken += len(records)
+    def add(self, numbered: np.ndarray, ends: np.ndarray) -> None:
+        """Take what group() made. It is with the kernel on return."""
         for file, begin, end in zip(self._files, [0, *ends[:-1]], ends, strict=True):
-            append(file, numbered[begin:end])
+            if begin < end:
+                append(file, numbered[begin:end])
 
-    def shuffled(self, start: int = 0) -> Iterator[np.ndarray]:
-        """All records in their new order, bucket by bucket from `start` on; remove() each once it is stored."""
+    def unordered(self) -> Iterator[np.ndarray]:
+        """All rows (NUMBERED), in pieces and in any order."""
+        for path in self._paths:
+            with open(path, "rb") as file:
+                while len(rows := np.fromfile(file, NUMBERED, TAIL_ROWS)):
+                    yield rows
+
+    def ordered(self, start: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Bucket by bucket from `start` on: its rows (NUMBERED), and the order int64 [n] in which they come.
+
+        A bucket's memory is used again two buckets later.
+        """
         self.close()
-        for numbered, order in prefetch(self._sorted(start), depth=1):
-            records = np.empty((len(numbered), COLUMNS), RECORD_DTYPE)
-            _gather(numbered, order, records)
-            yield records
+        return prefetch(self._sorted(start), depth=1)
 
     def _sorted(self, start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Buckets as they lie on disk, and the order in which their records come."""
-        for path in self._paths[start:]:
-            numbered = np.fromfile(path, NUMBERED)
+        memory = [Reused() for _ in range(3)]  # one in use, one ready, one being read
+        for bucket, path in enumerate(self._paths[start:], start):
+            numbered = memory[bucket % 3].empty((path.stat().st_size // NUMBERED.itemsize,), NUMBERED)
+            with open(path, "rb", buffering=0) as file:
+                view = memoryview(numbered.view(np.uint8))
+                while view and (count := file.readinto(view)):
+                    view = view[count:]
             yield numbered, np.argsort(keys_of(self._seed, numbered["row"]))
 
     def remove(self, bucket: int) -> None:
         """Delete a bucket's file, if it is still there."""
         self._paths[bucket].unlink(missing_ok=True)
 
+    def __len__(self) -> int:
+        return len(self._paths)
+
     def close(self) -> None:
         """Close the bucket files."""
         for file in self._files:
             file.close()
+
+
+def _cut_back(path: Path, kept: np.ndarray) -> int:
+    """Drop the rows at the end of a bucket's file that lie beyond `kept`; returns how many rows stay.
+
+    Only rows brought last can be of that kind: those of a slab that is not in the journal.
+    """
+    path.touch()
+    count = path.stat().st_size // NUMBERED.itemsize
+    while count:
+        first = max(0, count - TAIL_ROWS)
+        numbers = np.fromfile(path, NUMBERED, count - first, offset=first * NUMBERED.itemsize)["row"]
+        surely = np.flatnonzero((numbers & ((1 << DAY_SHIFT) - 1)) < kept[numbers >> DAY_SHIFT])
+        if len(surely):
+            count = first + int(surely[-1]) + 1
+            break
+        count = first
+    os.truncate(path, count * NUMBERED.itemsize)
+    return count

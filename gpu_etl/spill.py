@@ -1,4 +1,9 @@
-"""Parsed rows on disk between the passes."""
+"""Dictionary-coded rows on disk between the passes, and the dictionaries' keys.
+
+A coded row is a record whose 26 ids are dictionary codes. Its number holds the place that it came from: the day file's
+place among the inputs above DAY_SHIFT, the row's place among those kept of that day below. So a row's number does not
+depend on how far other days were read.
+"""
 
 import os
 from pathlib import Path
@@ -7,9 +12,16 @@ from typing import BinaryIO
 import numpy as np
 
 from gpu_etl.errors import DataError
-from gpu_etl.schema import COLUMNS
+from gpu_etl.schema import COLUMNS, RECORD_BYTES, RECORD_DTYPE, SPARSE
 
-VALUE_BYTES, MISSING_BYTES = COLUMNS * 4, 8
+DAY_SHIFT = 40
+NUMBERED = np.dtype([("row", "<i8"), ("coded", RECORD_DTYPE, (COLUMNS,))])
+KEY = np.dtype("<i8")  # column << 32 | value
+
+
+def first_number(day: int) -> int:
+    """Number of a day's first row."""
+    return day << DAY_SHIFT
 
 
 def append(file: BinaryIO, array: np.ndarray) -> None:
@@ -21,33 +33,55 @@ def append(file: BinaryIO, array: np.ndarray) -> None:
     file.flush()
 
 
-class Spill:
-    """values uint32 [n, 40] and missing uint64 [n] in two files, 168 B a row.
+def open_cut(path: Path, size: int) -> BinaryIO:
+    """Open a file for append() behind its first `size` bytes; the others go. Raises DataError where it is shorter."""
+    path.touch()
+    found = path.stat().st_size
+    if found < size:
+        raise DataError(
+            f"{path}: expected {size} bytes to go on behind, found {found}: less than that run's journal says (did the "
+            "machine stop?), so it cannot go on; delete this folder and start again"
+        )
+    os.truncate(path, size)
+    return open(path, "ab")
 
-    The first `rows` of an earlier run stay. Raises DataError where it left fewer.
+
+class Spill:
+    """Coded rows, 160 B each, in a file a day; and the keys of the dictionaries.
+
+    kept: rows of each day that an earlier run has surely put there, 0 for days whose rows go elsewhere; keys: how many
+    keys. Raises DataError where it left fewer.
     """
 
-    def __init__(self, folder: Path, rows: int = 0):
-        self._paths = folder / "values", folder / "missing"
-        for path, size in zip(self._paths, (VALUE_BYTES, MISSING_BYTES), strict=True):
-            path.touch()
-            if path.stat().st_size < rows * size:
-                raise DataError(f"{path}: shorter than its journal says, so that run cannot go on; start again")
-            os.truncate(path, rows * size)
-        self._files = [open(path, "ab") for path in self._paths]  # noqa: SIM115 - closed in close()
+    def __init__(self, folder: Path, kept: list[int], keys: int):
+        self._paths = [folder / f"rows_{day}" for day in range(len(kept))]
+        self._files = [
+            open_cut(path, rows * RECORD_BYTES) for path, rows in zip(self._paths, kept, strict=True)
+        ]
+        self._keys = folder / "keys"
+        self._key_file = open_cut(self._keys, keys * KEY.itemsize)
 
-    def add(self, values: np.ndarray, missing: np.ndarray) -> None:
-        """Append a slab. It is with the kernel on return."""
-        for file, array in zip(self._files, (values, missing), strict=True):
-            append(file, array)
+    def add(self, day: int, coded: np.ndarray) -> None:
+        """Append rows int32 [n, 40], C-contiguous, of a day. They are with the kernel on return."""
+        append(self._files[day], coded)
 
-    def read(self, begin: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows begin to end."""
-        values = np.fromfile(self._paths[0], np.uint32, (end - begin) * COLUMNS, offset=begin * VALUE_BYTES)
-        missing = np.fromfile(self._paths[1], np.uint64, end - begin, offset=begin * MISSING_BYTES)
-        return values.reshape(-1, COLUMNS), missing
+    def read(self, day: int, begin: int, end: int) -> np.ndarray:
+        """Rows begin to end of a day, int32 [n, 40]."""
+        count = (end - begin) * COLUMNS
+        return np.fromfile(self._paths[day], RECORD_DTYPE, count, offset=begin * RECORD_BYTES).reshape(-1, COLUMNS)
+
+    def add_keys(self, keys: list[np.ndarray]) -> int:
+        """Append 26 arrays of new keys; returns how many they were together."""
+        columns = np.repeat(np.arange(SPARSE, dtype=KEY), [len(column) for column in keys])
+        append(self._key_file, columns << 32 | np.concatenate(keys))
+        return len(columns)
+
+    def keys(self) -> list[np.ndarray]:
+        """26 arrays of keys, uint32, in the order in which they were added."""
+        keys = np.fromfile(self._keys, KEY)
+        return [(keys[keys >> 32 == column] & 0xFFFFFFFF).astype(np.uint32) for column in range(SPARSE)]
 
     def close(self) -> None:
         """End writing; reading goes on."""
-        for file in self._files:
+        for file in (*self._files, self._key_file):
             file.close()

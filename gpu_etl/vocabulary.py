@@ -46,7 +46,7 @@ def _merge(a: ColumnCounts, b: ColumnCounts) -> ColumnCounts:
 class Lookup:
     """One open-addressing table for all columns, as rows.find_slot reads it.
 
-    table int64 [slots, 2] of (key, id + 1); column c's part is table[base[c] : base[c] + mask[c] + 1].
+    table int64 [slots] of (key, id + 1); column c's part is table[base[c] : base[c] + mask[c] + 1].
     """
 
     table: np.ndarray
@@ -68,12 +68,12 @@ class Vocabulary:
         return [max(1, self.first_id + len(keys)) for keys in self.keys]
 
     def lookup(self) -> Lookup:
-        """Build the hash table, at most half full: 16 B a slot."""
+        """Build the hash table, at most half full: 8 B a slot."""
         slots = np.array([2 << max(len(keys), 1).bit_length() for keys in self.keys], np.int64)
         base = np.concatenate([[0], np.cumsum(slots)[:-1]])
-        table = np.zeros((slots.sum(), 2), np.int64)
+        table = np.zeros(slots.sum(), np.int64)
         for keys, begin, size in zip(self.keys, base, slots, strict=True):
-            _fill(table, begin, size - 1, keys, self.first_id)
+            fill(table, begin, size - 1, keys, self.first_id + 1)
         return Lookup(table, base, slots - 1)
 
     def save(self, folder: Path) -> None:
@@ -97,16 +97,20 @@ class Vocabulary:
 
 
 @compiled
-def _fill(table, base, mask, keys, first_id):
+def fill(table, base, mask, keys, first_payload):
+    """Enter distinct keys (uint32 [k]) into a hash table of rows.find_slot, with payloads from first_payload on."""
     for i in range(len(keys)):
-        slot = rows.find_slot(table, base, mask, np.int64(keys[i]))
-        table[slot, 0] = keys[i]
-        table[slot, 1] = first_id + i + 1
+        key = np.int64(keys[i])
+        table[rows.find_slot(table, base, mask, key)] = rows.make_entry(key, first_payload + i)
 
 
-def build(counts: Counts, preset: Preset) -> Vocabulary:
-    """Give ids by the preset's rules (see schema.Preset). Depends on the counts only, never on their order."""
-    keys, kept_counts = [], []
+def build(counts: Counts, preset: Preset) -> tuple[Vocabulary, tuple[np.ndarray, ...]]:
+    """Give ids by the preset's rules (see schema.Preset). Depends on the counts only, never on their order.
+
+    Returns the vocabulary, and for each column int32 [k + 1]: the ids of its k values in the order of `counts`, behind
+    the id of a missing value (at 0). So a dictionary code of dictionary.py is the place of its id.
+    """
+    keys, kept_counts, ids = [], [], []
     for column in counts.columns:
         kept = np.flatnonzero(column.counts >= preset.min_count)
         order_by = -column.counts[kept] if preset.order == "count" else column.first_rows[kept]
@@ -115,4 +119,6 @@ def build(counts: Counts, preset: Preset) -> Vocabulary:
             kept = kept[: preset.max_table_size - preset.first_id]
         keys.append(column.keys[kept])
         kept_counts.append(column.counts[kept])
-    return Vocabulary(preset.first_id, tuple(keys), tuple(kept_counts))
+        ids.append(np.full(len(column.keys) + 1, preset.rare_id, np.int32))
+        ids[-1][kept + 1] = np.arange(preset.first_id, preset.first_id + len(kept))
+    return Vocabulary(preset.first_id, tuple(keys), tuple(kept_counts)), tuple(ids)

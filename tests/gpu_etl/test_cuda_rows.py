@@ -30,10 +30,10 @@ text = np.frombuffer(b"\\n".join(lines), np.uint8).copy()
 ends = np.cumsum([len(line) + 1 for line in lines]) - 1
 n = len(lines)
 values, missing, faults = np.zeros((n, 40), np.uint32), np.zeros(n, np.uint64), np.zeros(n, np.int32)
-table, ids = np.zeros((64, 2), np.int64), np.full((n, 26), -1, np.int32)
+table, ids = np.zeros(64, np.int64), np.full((n, 26), -1, np.int32)
 for i, key in enumerate((0xFFFFFFFF, 0, 0x80000000)):
     slot = rows.find_slot(table, 0, 63, key)
-    table[slot] = key, i + 2
+    table[slot] = rows.make_entry(key, i + 2)
 cuda.jit(kernel)[2, 8](text, ends, values, missing, faults, table, 63, ids)
 for row, line in enumerate(lines):
     expected, fault = parse_row(line)
@@ -57,7 +57,7 @@ for module in (api, compiler, dispatcher):
         module.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
 signature = types.void(
     types.uint8[::1], types.int64[::1], types.uint32[:, ::1], types.uint64[::1], types.int32[::1],
-    types.int64[:, ::1], types.int64, types.int32[:, ::1],
+    types.int64[::1], types.int64, types.int32[:, ::1],
 )
 ptx, _ = cuda.compile_ptx(kernel, signature, cc=capability)
 assert f".target sm_{capability[0]}{capability[1]}" in ptx, ptx[:400]

@@ -125,7 +125,7 @@ def test_rows_written_where_a_file_is_missing(tmp_path, form):
     last = tmp_path / formats.files(form, "train")[-1]
     last.unlink()
     assert formats.rows_written(form, tmp_path, "train", SIZES) == 0
-    with pytest.raises(DataError, match=rf"{last.name}: expected 5 rows of .* found 0 bytes; .*start this split again"):
+    with pytest.raises(DataError, match=rf"{last.name}: expected [0-9]+ bytes to go on behind, found 0: .*start again"):
         formats.SplitWriter(form, tmp_path, "train", SIZES, 5)
     write(form, tmp_path, "train", random_records(3))
     assert formats.rows_written(form, tmp_path, "train", SIZES) == 3

@@ -4,17 +4,19 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from isal import igzip
 
-from gpu_etl import cpu, manifest, splits
+from gpu_etl import counting, cpu, extract, manifest, splits
 from gpu_etl.errors import DataError
+from gpu_etl.memory import Reused
 from gpu_etl.pipeline import Settings, encode_days
-from gpu_etl.schema import choose_preset, split_file
-from gpu_etl.shuffle import Shuffler, row_keys
+from gpu_etl.schema import PRESETS, choose_preset, split_file
+from gpu_etl.shuffle import Buckets, row_keys
 from gpu_etl.verify import verify
 from tests import reference
 from tests.conftest import ROOT
@@ -76,6 +78,28 @@ def test_bytes_do_not_depend_on_slabs_or_threads(day_files, tmp_path, shuffle):
     )
 
 
+@pytest.mark.parametrize("preset", ["mlperf", "torchrec", "count"])
+def test_bytes_do_not_depend_on_days_being_read_side_by_side(day_files, tmp_path, monkeypatch, preset):
+    settings = Settings(preset=PRESETS[preset], slab_bytes=4000)
+    encode_days(day_files, tmp_path / "one", settings)
+    real = extract.read_day
+
+    def late_first_day(source, day, slab_bytes, skip):
+        for slab in real(source, day, slab_bytes, skip):
+            if day == 0:
+                time.sleep(0.01)  # so that later days come first
+            yield slab
+
+    monkeypatch.setattr(counting, "read_day", late_first_day)
+    monkeypatch.setattr(counting, "CORES_PER_READER", 1 / 3)
+    days = []
+    monkeypatch.setattr(counting.CountPass, "_end_day", lambda self, day, real=counting.CountPass._end_day: (
+        days.append(day) or real(self, day)))  # fmt: skip
+    encode_days(day_files, tmp_path / "three", replace(settings, workers=1))
+    assert days != sorted(days)
+    assert digests(tmp_path / "one") == digests(tmp_path / "three")
+
+
 def test_shuffle_permutes_training_rows_only(day_files, tmp_path):
     for name, settings in (("plain", PLAIN), ("a", Settings(seed=1)), ("b", Settings(seed=2)), ("c", Settings(seed=1))):
         encode_days(day_files, tmp_path / name, settings)
@@ -90,13 +114,16 @@ def test_shuffle_permutes_training_rows_only(day_files, tmp_path):
 def test_shuffle_does_not_depend_on_its_buckets(tmp_path):
     rows = np.arange(5000 * 40, dtype=np.int32).reshape(-1, 40)
     orders = []
-    for bucket_bytes, step in ((1 << 30, 5000), (50_000, 777), (9_000, 1)):
-        shuffler = Shuffler(tmp_path, len(rows), seed=3, step=step, bucket_bytes=bucket_bytes)
-        for begin in range(0, len(rows), step):
-            shuffler.add(rows[begin : begin + step])
-        orders.append(np.concatenate(list(shuffler.shuffled()))[:, 0] // 40)
-        for path in tmp_path.iterdir():
-            path.unlink()
+    for count, step in ((1, 5000), (17, 777), (90, 10)):
+        buckets = Buckets(tmp_path, count, seed=3, kept=[0])
+        for begin in reversed(range(0, len(rows), step)):  # any order will do
+            buckets.add(*buckets.group(rows[begin : begin + step], begin, Reused()))
+        shuffled = [numbered["coded"][order] for numbered, order in buckets.ordered()]
+        orders.append(np.concatenate(shuffled)[:, 0] // 40)
+        for bucket in range(count):
+            buckets.remove(bucket)
+        assert not list(tmp_path.iterdir())
+    assert sorted(orders[0]) == list(range(5000))
     assert (orders[0] == orders[1]).all() and (orders[0] == orders[2]).all()
 
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from gpu_etl import encoding
+from gpu_etl import encoding, shuffle
 from gpu_etl.errors import DataError
 from gpu_etl.journal import Journal
 from gpu_etl.pipeline import Settings, encode_days
@@ -23,27 +23,32 @@ SETTINGS = Settings(slab_bytes=20_000, seed=5)
 CHILD = """
 import os, signal, sys
 from pathlib import Path
+import threading
 from gpu_etl import encoding, formats, journal, pipeline, shuffle, spill
 from gpu_etl.pipeline import Settings
 
 point, torn, out, *days = sys.argv[1:]
-encoding.ENCODE_ROWS, encoding.BUCKET_BYTES = int(os.environ["STEP"]), int(os.environ["BUCKET"])
+encoding.ENCODE_ROWS, shuffle.BUCKET_BYTES = int(os.environ["STEP"]), int(os.environ["BUCKET"])
 calls = 0
+lock = threading.Lock()
 
 def deadly(owner, name, half=None):
     real = getattr(owner, name)
     def wrapped(*args, **kwargs):
         global calls
-        calls += 1
-        if calls == int(point):
+        with lock:
+            calls += 1
+            now = calls == int(point)
+        if now:
             if torn == "torn" and half:
                 real(*half(*args))
             os.kill(os.getpid(), signal.SIGKILL)
         return real(*args, **kwargs)
     setattr(owner, name, wrapped)
 
-deadly(spill.Spill, "add", lambda self, values, missing: (self, values[: len(values) // 2], missing[:7]))
-deadly(shuffle.Shuffler, "add", lambda self, records: (self, records[: len(records) // 2]))
+deadly(spill.Spill, "add", lambda self, day, coded: (self, day, coded[: len(coded) // 2]))
+deadly(spill.Spill, "add_keys", lambda self, keys: (self, [column[: len(column) // 2] for column in keys]))
+deadly(shuffle.Buckets, "add", lambda self, numbered, ends: (self, numbered, ends.clip(0, ends[-1] // 2)))
 deadly(formats.SplitWriter, "write", lambda self, records: (self, records[: len(records) // 2]))
 deadly(journal.Journal, "record")
 deadly(Path, "rename")
@@ -74,7 +79,7 @@ def digests(folder):
 @pytest.fixture
 def small_steps(monkeypatch):
     monkeypatch.setattr(encoding, "ENCODE_ROWS", STEP)
-    monkeypatch.setattr(encoding, "BUCKET_BYTES", BUCKET)
+    monkeypatch.setattr(shuffle, "BUCKET_BYTES", BUCKET)
 
 
 @pytest.mark.parametrize("form", ["records", "dist"])
@@ -140,9 +145,9 @@ def test_a_resumed_run_does_not_parse_again_what_was_parsed(day_files, tmp_path,
 
     parsed = []
     real = cpu.parse
-    monkeypatch.setattr(cpu, "parse", lambda text, ends: parsed.append(len(ends)) or real(text, ends))
+    monkeypatch.setattr(cpu, "parse", lambda text, ends, memory: parsed.append(len(ends)) or real(text, ends, memory))
     monkeypatch.setattr(encoding, "ENCODE_ROWS", STEP)
-    monkeypatch.setattr(encoding, "BUCKET_BYTES", BUCKET)
+    monkeypatch.setattr(shuffle, "BUCKET_BYTES", BUCKET)
     encode_days(day_files, tmp_path, SETTINGS)
     assert sum(parsed) == 1052 - rows
     verify(tmp_path)
@@ -158,7 +163,7 @@ def test_an_unfinished_run_of_another_kind_is_not_mixed_in(day_files, tmp_path):
     assert digests(tmp_path) == before
 
 
-def test_two_runs_in_one_folder_at_a_time(day_files, tmp_path):
+def test_two_runs_in_one_folder_at_a_time(day_files, tmp_path, small_steps):
     assert killed_run(12, "", tmp_path, day_files) is None
     before = digests(tmp_path)
     journal = Journal(tmp_path / ".work" / "journal.jsonl")

@@ -17,11 +17,13 @@ def parsed(seed, rows_):
 
 
 def count(values, missing, preset, slab=0, workers=2, first_row=0):
-    counter = cpu.Counter(preset, workers)
+    dictionaries = cpu.Dictionaries(preset, workers)
     slab = slab or len(values)
     for begin in range(0, len(values), slab):
-        counter.add(values[begin : begin + slab], missing[begin : begin + slab], first_row + begin)
-    return counter.result()
+        piece = np.array(values[begin : begin + slab], order="F")
+        dictionaries.code(piece, missing[begin : begin + slab], first_row + begin)
+    dictionaries.close()
+    return dictionaries.counts()
 
 
 def as_sets(counts):
@@ -39,7 +41,7 @@ PRESET_CASES = [("mlperf", 0, 0), ("mlperf", 0, 100), ("count", 0, 0), ("count",
 def test_ids_are_those_of_the_reference(name, min_count, index_range):
     preset = choose_preset(name, min_count=min_count, max_index_range=index_range)
     values, missing = parsed(7, 900)
-    words = vocabulary.build(count(values, missing, preset), preset)
+    words, _ = vocabulary.build(count(values, missing, preset), preset)
     expected = reference.vocabularies(
         reference.read_rows(reference.write_rows(7, 900)), name, min_count, index_range
     )
@@ -51,7 +53,7 @@ def test_ids_are_those_of_the_reference(name, min_count, index_range):
     for c, ids in enumerate(expected):
         for key in [*ids, 12345, 0xFFFFFFFE]:
             slot = rows.find_slot(lookup.table, lookup.base[c], lookup.mask[c], key)
-            assert lookup.table[slot, 1] == (ids[key] + 1 if key in ids else 0)
+            assert rows.entry_payload(lookup.table[slot]) == (ids[key] + 1 if key in ids else 0)
 
 
 @pytest.mark.parametrize("slab", [1, 13, 512, 899])
@@ -59,6 +61,40 @@ def test_ids_are_those_of_the_reference(name, min_count, index_range):
 def test_slabs_and_workers_do_not_matter(slab, workers):
     values, missing = parsed(2, 900)
     assert same(count(values, missing, PRESETS["count"], slab, workers), count(values, missing, PRESETS["count"]))
+
+
+@pytest.mark.parametrize("name", ["mlperf", "count"])
+def test_codes_lead_to_the_ids_that_encode_finds(name):
+    preset = choose_preset(name, min_count=4 if name == "count" else 0, max_index_range=5000)
+    values, missing = parsed(5, 900)
+    dictionaries = cpu.Dictionaries(preset, 2)
+    coded, keys = np.array(values, order="F"), []
+    for begin in (0, 333, 899):
+        end = {0: 333, 333: 899, 899: 900}[begin]
+        piece = np.array(coded[begin:end], order="F")
+        cpu.integers(piece, missing[begin:end])
+        dictionaries.code(piece, missing[begin:end], begin)
+        coded[begin:end] = piece
+        keys.append(dictionaries.new_keys())
+    words, ids = vocabulary.build(dictionaries.counts(), preset)
+    starts = np.cumsum([0] + [len(column) for column in ids[:-1]])
+    order = np.random.default_rng(0).permutation(900)
+    found = np.empty((900, 40), np.int32)
+    coded = np.ascontiguousarray(coded).view(np.int32)
+    cpu.finish(coded, order, np.zeros(900, np.int64), (np.concatenate(ids), starts), found)
+    assert found.tolist() == cpu.encode(values, missing, words.lookup(), preset)[order].tolist()
+
+    # Dictionaries that take over their keys and rows count the same, and go on with the same codes.
+    joined = [np.concatenate(column) for column in zip(*keys, strict=True)]
+    again = cpu.Dictionaries(preset, 1, joined)
+    again.recount(coded[500:], np.arange(500, 900))
+    again.recount(coded[:500], np.arange(500))
+    for one, other in zip(again.counts().columns, dictionaries.counts().columns, strict=True):
+        assert all((getattr(one, f) == getattr(other, f)).all() for f in ("keys", "counts", "first_rows"))
+    assert not any(len(column) for column in again.new_keys())
+    more = np.array(values, order="F")
+    again.code(more, missing, 900)
+    assert (more[:, 14:].view(np.int32) == coded[:, 14:]).all()
 
 
 def test_partial_counts_merge_in_any_order():
@@ -83,7 +119,7 @@ def test_many_distinct_values_make_the_tables_grow():
 
 def test_saved_vocabulary_reads_back(tmp_path):
     values, missing = parsed(7, 300)
-    words = vocabulary.build(count(values, missing, PRESETS["count"]), PRESETS["count"])
+    words, _ = vocabulary.build(count(values, missing, PRESETS["count"]), PRESETS["count"])
     words.save(tmp_path)
     again = vocabulary.Vocabulary.load(tmp_path)
     assert again.first_id == words.first_id
