@@ -69,5 +69,6 @@ def measure(args: argparse.Namespace) -> dict:
         "polars_rows_per_second": round(args.rows / polars.seconds),
         "times_polars": round(polars.seconds / ours.seconds, 2),
         "peak_megabytes": round(ours.peak_bytes / 1e6),
+        "dictionary_megabytes": round(ours.result["dictionary_bytes"] / 1e6),
         "polars_peak_megabytes": round(polars.peak_bytes / 1e6),
     }

@@ -41,6 +41,7 @@ def encode(args: argparse.Namespace) -> dict:
         "seconds": round(seconds, 3),
         "stages": report.seconds,
         "peak_bytes": report.peak_bytes,
+        "dictionary_bytes": report.dictionary_bytes,
         "rows_per_second": round(read / seconds) if report.seconds else None,
     }
 
@@ -68,13 +69,14 @@ def inspect(args: argparse.Namespace) -> dict:
     """Run the inspect command; returns its results."""
     from tqdm import tqdm
 
-    from gpu_etl import inspect as inspection
+    from gpu_etl.inspect import inspect as look
+    from gpu_etl.inspect_show import plot, table
 
     with tqdm(unit="rows", unit_scale=True, desc="inspect", file=sys.stderr, leave=False) as bar:
-        found = inspection.inspect(args.set, bar.update)
-    print(inspection.table(found), file=sys.stderr)
+        found = look(args.set, bar.update)
+    print(table(found), file=sys.stderr)
     if args.png:
-        inspection.plot(found, args.png)
+        plot(found, args.png)
     return {"set": str(args.set), **found}
 
 

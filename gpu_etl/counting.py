@@ -12,14 +12,14 @@ import numpy as np
 from tqdm import tqdm
 
 from gpu_etl import faults, vocabulary
-from gpu_etl.errors import DataError
+from gpu_etl.errors import BadRowError
 from gpu_etl.extract import Slab, Source, read_day
 from gpu_etl.journal import Journal
 from gpu_etl.memory import Reused
 from gpu_etl.prefetch import side_by_side
 from gpu_etl.rows import FAULT_STRIDE, INT32_MAX
 from gpu_etl.sampling import dropped_rows
-from gpu_etl.schema import FIRST_DENSE, FIRST_SPARSE, RECORD_DTYPE, Preset
+from gpu_etl.schema import COLUMNS, FIRST_DENSE, FIRST_SPARSE, RECORD_DTYPE, Preset
 from gpu_etl.shuffle import Buckets
 from gpu_etl.spill import Spill, first_number
 
@@ -31,19 +31,25 @@ CODING = {"clamp": (0, 0), "plus2": (2, 0)}  # preset.dense -> shift, empty_valu
 
 @dataclass
 class Tally:
-    """What is known of a day file so far: rows read and kept, how many went and why, the place behind the last slab,
-    the smallest integer (missing ones counting as 0), and, once it was read to its end, the CRC-32 of its bytes."""
+    """What is known of a day file so far: rows read and kept, how many went and why, the place behind the last slab; of
+    the rows kept: those with label 1, those with each of the 40 columns missing, and the smallest integer (missing ones
+    counting as 0); and, once the file was read to its end, the CRC-32 of its bytes."""
 
     read: int = 0
     kept: int = 0
     end: int = 0
+    clicks: int = 0
+    missing: np.ndarray = field(default_factory=lambda: np.zeros(COLUMNS, np.int64))
     smallest: int = INT32_MAX
     dropped: Counter = field(default_factory=Counter)
     crc32: str | None = None
 
-    def add(self, read: int, kept: int, end: int, smallest: int, dropped: dict) -> None:
+    def add(
+        self, read: int, kept: int, end: int, clicks: int, missing: list[int], smallest: int, dropped: dict
+    ) -> None:
         """Take in a slab's event."""
         self.read, self.kept, self.end = self.read + read, self.kept + kept, end
+        self.clicks, self.missing = self.clicks + clicks, self.missing + missing
         self.smallest = min(self.smallest, smallest)
         self.dropped.update(dropped)
 
@@ -66,7 +72,9 @@ def _read(kernels: ModuleType, source: Source, day: int, slab_bytes: int, skip: 
 
 
 class CountPass:
-    """Runs the pass. tallies: one a day file. bad_rows: "error" or "skip", up to max_bad_rows of them.
+    """Runs the pass. tallies: one a day file; dictionary_bytes: memory of the dictionaries, known after run().
+
+    bad_rows: "error" or "skip", up to max_bad_rows of them.
 
     to_buckets: of each day, whether its rows go into the shuffle's buckets, rather than into a file of its own. What an
     earlier run has done is read from the journal.
@@ -80,6 +88,7 @@ class CountPass:
         self._journal, self._bad_rows, self._max_bad_rows = journal, bad_rows, max_bad_rows
         self._workers, self.to_buckets = workers, to_buckets
         self.tallies = [Tally() for _ in sources]
+        self.dictionary_bytes = 0
         self._keys = 0
         for event in journal.all("slab"):
             self._keys += event["keys"]
@@ -97,7 +106,7 @@ class CountPass:
 
     def run(self, slab_bytes: int, buckets: Buckets) -> vocabulary.Counts:
         """Read, parse, code, count and store what is left; returns the counts of everything, by dictionary code."""
-        dictionaries = self._dictionaries(buckets)
+        dictionaries, rows_before = self._dictionaries(buckets), self.rows
         waiting = [
             _read(self._kernels, source, day, slab_bytes, tally.end)
             for day, (source, tally) in enumerate(zip(self._sources, self.tallies, strict=True))
@@ -120,13 +129,15 @@ class CountPass:
                 if written is not None:
                     written.result()
                 written = pool.submit(job)
-                bar.set_postfix_str(f"{self.rows:,} rows", refresh=False)
+                rate = (self.rows - rows_before) / max(bar.format_dict["elapsed"], 1e-3)
+                bar.set_postfix_str(f"{self.rows:,} rows, {rate:,.0f} rows/s", refresh=False)
                 done = sum(s.size if t.crc32 else s.read for s, t in zip(self._sources, self.tallies, strict=True))
                 bar.update(done - bar.n)
             if written is not None:
                 written.result()
         self.spill.close()
         dictionaries.close()
+        self.dictionary_bytes = dictionaries.nbytes
         return dictionaries.counts()
 
     def _end_day(self, day: int) -> Callable[[], None]:
@@ -170,7 +181,10 @@ class CountPass:
             smallest = int(values[:, FIRST_DENSE:FIRST_SPARSE].view(np.int32).min())
         first = first_number(slab.day) + tally.kept
         dictionaries.code(values, missing, first)
-        event = {"read": read, "kept": len(values), "end": slab.end, "smallest": smallest, "dropped": dropped}
+        event = {
+            "read": read, "kept": len(values), "end": slab.end, "clicks": int(values[:, 0].sum()),
+            "missing": self._kernels.count_missing(missing).tolist(), "smallest": smallest, "dropped": dropped,
+        }  # fmt: skip
         tally.add(**event)
         store = self._storing(slab.day, values, first, dictionaries.new_keys(), buckets, stored)
         return lambda: self._journal.record(slab={"day": slab.day, "keys": store(), **event})
@@ -194,7 +208,7 @@ class CountPass:
         return store
 
     def _drop_bad(self, slab: Slab, codes: np.ndarray, bar: tqdm) -> dict[str, int]:
-        """Bad rows of the slab by reason. Raises DataError where there may be none, or not so many."""
+        """Bad rows of the slab by reason. Raises BadRowError where there may be none, or not so many."""
         bad = np.flatnonzero(codes)
         before = sum(tally.dropped[reason] for tally in self.tallies for reason in faults.REASONS.values())
         dropped: Counter = Counter(faults.REASONS[int(code)] for code in codes[bad] // FAULT_STRIDE)
@@ -202,10 +216,10 @@ class CountPass:
             where = f"{self._sources[slab.day].path}: row {self.tallies[slab.day].read + row + 1}"
             words = f"{where}: {slab.describe(row, codes[row])}"
             if self._bad_rows == "error":
-                raise DataError(f"{words}. Mend the file, or leave such rows out with --bad-rows skip")
+                raise BadRowError(f"{words}. Mend the file, or leave such rows out with --bad-rows skip")
             if before + place >= self._max_bad_rows:
                 limit = self._max_bad_rows
-                raise DataError(f"{words}. More than --max-bad-rows {limit} such rows; is this Criteo's format?")
+                raise BadRowError(f"{words}. More than --max-bad-rows {limit} such rows; is this Criteo's format?")
             if before + place < SHOWN_BAD_ROWS:
                 bar.write(f"left out: {words}", file=sys.stderr)
         return dict(dropped)

@@ -1,5 +1,5 @@
-"""The slab functions on the CPU: find_rows, parse, integers, Dictionaries (dictionary.py), finish; and encode, which
-does it all at once with a known vocabulary. Numba loops around the scalar functions of rows.py.
+"""The slab functions on the CPU: find_rows, parse, count_missing, integers, Dictionaries (dictionary.py), finish;
+and encode, which does it all at once with a known vocabulary. Numba loops around the scalar functions of rows.py.
 
 Every function works on one slab and computes with integers only, so that results do not depend on threads or slabs.
 Parsed slabs are column-major: counting and coding go through them by columns.
@@ -15,7 +15,7 @@ from gpu_etl.memory import Reused
 from gpu_etl.schema import COLUMNS, DENSE, FIRST_DENSE, FIRST_SPARSE, RECORD_DTYPE, SPARSE, Preset
 from gpu_etl.vocabulary import Lookup
 
-__all__ = ["Dictionaries", "encode", "find_rows", "finish", "integers", "parse", "set_threads"]
+__all__ = ["Dictionaries", "count_missing", "encode", "find_rows", "finish", "integers", "parse", "set_threads"]
 
 SHORT_ROW = 128  # bytes; where rows are shorter on average, they are found in a second try
 NEWLINES = np.uint64(0x0A0A0A0A0A0A0A0A)
@@ -90,6 +90,20 @@ def parse(
     faults = np.empty(len(ends), np.int32)
     _parse(text, ends, values, missing, faults)
     return values, missing, faults
+
+
+@compiled
+def _count_missing(missing, counts):
+    for column in range(len(counts)):
+        for row in range(len(missing)):
+            counts[column] += rows.is_missing(missing[row], column)
+
+
+def count_missing(missing: np.ndarray) -> np.ndarray:
+    """How many rows have each column empty: int64 [40], of missing uint64 [n]."""
+    counts = np.zeros(COLUMNS, np.int64)
+    _count_missing(missing, counts)
+    return counts
 
 
 @compiled_parallel

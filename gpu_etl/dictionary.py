@@ -138,6 +138,11 @@ class Dictionaries:
         slices = [(column, slice(1, column.used + 1)) for column in self._columns]
         return Counts(tuple(ColumnCounts(d.keys[s], d.stats[s, 0], d.stats[s, 1]) for d, s in slices))
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that all dictionaries take."""
+        return sum(d.table.nbytes + d.keys.nbytes + d.stats.nbytes for d in self._columns)
+
     def close(self) -> None:
         """End the threads."""
         self._pool.shutdown()

@@ -12,13 +12,15 @@ from gpu_etl.errors import DataError
 from gpu_etl.schema import COLUMN_NAMES, DENSE
 
 FILE_NAME = "manifest.json"
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
 class Manifest:
     """rows per split; table_sizes per category column; settings: the preset's rules, days, shuffle, seed;
-    sources: file name, bytes, rows and CRC-32 of each day; files: bytes and SHA-256 of each output file.
+    sources: of each day file name, bytes and CRC-32, rows read, dropped (by reason) and kept, and of those kept how
+    many have label 1 ("clicks") and how many miss each of the 39 features ("missing"); files: bytes and SHA-256 of each
+    output file.
 
     Holds no time and no path, so that the same input and settings make the same manifest.
     """

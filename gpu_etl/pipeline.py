@@ -15,10 +15,10 @@ import numpy as np
 from gpu_etl import backend, formats, manifest, splits, vocabulary
 from gpu_etl.counting import CountPass, Tally
 from gpu_etl.encoding import EncodePass, day_shifts, scatter
-from gpu_etl.errors import DataError
+from gpu_etl.errors import BadRowError, DataError
 from gpu_etl.extract import Source, open_sources
 from gpu_etl.journal import Journal
-from gpu_etl.schema import PRESETS, RECORD_BYTES, Preset
+from gpu_etl.schema import FIRST_DENSE, PRESETS, RECORD_BYTES, Preset
 from gpu_etl.shuffle import Buckets, bucket_count
 from gpu_etl.spill import NUMBERED
 
@@ -89,10 +89,12 @@ class Settings:
 
 @dataclass
 class Report:
-    """What a run cost: seconds by stage (of this process only), peak memory in bytes, distinct values per column."""
+    """What a run cost: seconds by stage (of this process only), peak memory in bytes and the dictionaries' part of it;
+    distinct values per column."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: int = 0
+    dictionary_bytes: int = 0
     distinct: list[int] = field(default_factory=list)
     resumed: bool = False
 
@@ -106,9 +108,9 @@ class Report:
 
 
 def _job(sources: list[Source], settings: Settings) -> dict:
-    """What makes an unfinished run the same run."""
+    """What makes an unfinished run the same run: not what is done about bad rows, as there were none so far."""
     return {
-        "settings": settings.shaping(),
+        "settings": {name: value for name, value in settings.shaping().items() if name != "bad_rows"},
         "sources": [{"file": source.path.name, "bytes": source.size} for source in sources],
         "buckets": bucket_count(_guess_rows(sources, settings.preset)) if settings.shuffle else 0,
     }
@@ -126,7 +128,8 @@ def _finished(out: Path, job: dict) -> manifest.Manifest | None:
         return None
     found = manifest.Manifest.read(out)
     sources = [{"file": source["file"], "bytes": source["bytes"]} for source in found.sources]
-    if found.settings == job["settings"] and sources == job["sources"]:
+    settings = {name: value for name, value in found.settings.items() if name != "bad_rows"}
+    if settings == job["settings"] and sources == job["sources"]:
         return found
     raise DataError(
         f"{out}: a finished data set is there already, made of other files or with other settings; "
@@ -175,6 +178,7 @@ def _count(
     if not journal.all("counted"):
         with report.stage("count"):
             counts = counting.run(settings.slab_bytes, buckets)
+        report.dictionary_bytes = counting.dictionary_bytes
         with report.stage("vocabulary"):
             words, ids = vocabulary.build(counts, settings.preset)
             words.save(work)
@@ -262,7 +266,10 @@ def _describe(sources, tallies: list[Tally], ranges, table_sizes, files, setting
         table_sizes=table_sizes,
         settings=settings.shaping(),
         sources=[
-            {"file": s.path.name, "bytes": s.size, "crc32": t.crc32, "rows": t.read, "dropped": t.reasons()}
+            {
+                "file": s.path.name, "bytes": s.size, "crc32": t.crc32, "rows": t.read, "dropped": t.reasons(),
+                "kept": t.kept, "clicks": t.clicks, "missing": t.missing[FIRST_DENSE:].tolist(),
+            }
             for s, t in zip(sources, tallies, strict=True)
         ],
         files=files,
@@ -283,8 +290,8 @@ def encode_days(inputs: list[Path], out: Path, settings: Settings) -> tuple[mani
 
     Memory: a few slabs, the dictionaries, a few shuffle buckets. Disk, beside the result: 168 B a row while it runs.
     A run that was killed, or whose disk was full, goes on where it was when it is started again, and ends with the same
-    bytes. Raises DataError on bad input or settings; nothing stays in `out` then.
-    Raises OSError where the disk fails or is full.
+    bytes. Raises DataError on bad input or settings; nothing stays in `out` then, except the work done before a bad
+    row, from where a run that leaves it out can go on. Raises OSError where the disk fails or is full.
     """
     settings.check(len(inputs))
     sources = open_sources(inputs)
@@ -298,7 +305,12 @@ def encode_days(inputs: list[Path], out: Path, settings: Settings) -> tuple[mani
         report.resumed = bool(journal.events)
         try:
             result = _run(journal, work, out, sources, settings, job, report)
-        except DataError:
+        except DataError as error:
+            if isinstance(error, BadRowError) and journal.all("slab"):
+                raise BadRowError(
+                    f"{error}. The work done before that row is kept in {work}: the same command goes on from there "
+                    "with --bad-rows skip (or a higher --max-bad-rows); delete that folder to start anew"
+                ) from error
             shutil.rmtree(work, ignore_errors=True)
             if not existed and not any(out.iterdir()):
                 out.rmdir()

@@ -12,7 +12,8 @@ def summary(made: Manifest, report: Report) -> str:
     lines = ["", f"rows       {'  '.join(f'{split} {rows:,}' for split, rows in made.rows.items())}"]
     for source in made.sources:
         dropped = ", ".join(f"{count:,} {reason}" for reason, count in source["dropped"].items())
-        lines.append(f"  {source['file']}: {source['rows']:,} rows" + (f"; left out: {dropped}" if dropped else ""))
+        line = f"  {source['file']}: {source['rows']:,} rows, {source['clicks']:,} clicks"
+        lines.append(line + (f"; left out: {dropped}" if dropped else ""))
     lines.append(f"ids        {sum(made.table_sizes):,} of {sum(report.distinct):,} distinct values")
     names = COLUMN_NAMES[FIRST_SPARSE:]
     cells = [
@@ -20,7 +21,8 @@ def summary(made: Manifest, report: Report) -> str:
         for name, ids, distinct in zip(names, made.table_sizes, report.distinct, strict=False)
     ]
     lines += ["".join(cells[i : i + PER_LINE]) for i in range(0, len(cells), PER_LINE)]
-    lines.append(f"memory     {report.peak_bytes / 1e6:,.0f} MB at the peak")
+    peak, dictionaries = report.peak_bytes / 1e6, report.dictionary_bytes / 1e6
+    lines.append(f"memory     {peak:,.0f} MB at the peak, {dictionaries:,.0f} MB of it dictionaries")
     stages = "  ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
     lines.append(f"time       {stages}" + ("  (of the run that went on)" if report.resumed else ""))
     return "\n".join(lines)

@@ -12,13 +12,15 @@ import pytest
 
 from gpu_etl import inspect as inspection
 from gpu_etl.errors import DataError
-from gpu_etl.inspect import inspect, plot, table
+from gpu_etl.inspect import inspect
+from gpu_etl.inspect_show import plot, table
 from gpu_etl.pipeline import Settings, encode_days
 from gpu_etl.schema import PRESETS
+from tests import reference
 from tests.reference import log_dense
 
 SPLITS = ("train", "test", "val")
-WORDS = {"set", "zero", "rare_id", "rare", "order", "splits", "integers", "categories"}
+WORDS = {"set", "days", "missing_share", "zero", "rare_id", "rare", "order", "splits", "integers", "categories"}
 
 
 @pytest.fixture(scope="module", params=["count", "mlperf"])
@@ -103,6 +105,33 @@ def test_every_figure_at_every_block_boundary(folder, monkeypatch, block_rows):
     found = json.loads(json.dumps(inspect(folder, steps.append)))
     assert sum(steps) == 801 + 251 and max(steps) == min(block_rows, 801)
     check(found, folder, json.loads((folder / "manifest.json").read_text())["table_sizes"])
+
+
+def test_days_and_missing_shares_are_those_of_the_text(folder, foreign, day_files):
+    found = inspect(folder)
+    days = [reference.read_rows(path.read_bytes()) for path in day_files]
+    expected = [
+        {"file": path.name, "rows": len(rows), "label_rate": sum(row[0] for row in rows) / len(rows)}
+        for path, rows in zip(day_files, days, strict=True)
+    ]
+    assert found["days"] == expected
+    everything = [row for rows in days for row in rows]
+    shares = [sum(row[column] is None for row in everything) / len(everything) for column in range(1, 40)]
+    assert list(found["missing_share"].values()) == shares and max(shares) > 0.1
+    assert all(f"{100 * day['label_rate']:.2f} %" in table(found) for day in expected)
+    assert inspect(foreign)["days"] is inspect(foreign)["missing_share"] is None
+
+
+@pytest.mark.parametrize(("form", "digits"), [("dist", 12), ("dle", 2)])
+def test_split_forms_show_the_same_figures(day_files, tmp_path, form, digits):
+    for kind in ("records", form):
+        encode_days(day_files, tmp_path / kind, Settings(form=kind))
+    whole, split = inspect(tmp_path / "records"), inspect(tmp_path / form)
+    for key in ("days", "missing_share", "zero", "rare", "splits", "categories"):
+        assert split[key] == whole[key]
+    for name, figures in whole["integers"].items():
+        for key in ("zero_share", "log_mean", "log_largest"):
+            assert split["integers"][name][key] == pytest.approx(figures[key], rel=10.0**-digits), (name, key)
 
 
 @pytest.mark.parametrize("block_rows", [7, 10_000])

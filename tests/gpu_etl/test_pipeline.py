@@ -210,9 +210,24 @@ def test_a_bad_row_is_named_and_leaves_nothing_behind(day_files, tmp_path, exist
     if existed:
         out.mkdir()
     with pytest.raises(DataError, match=r"bad_day: row 501: column C1: expected up to 8 hex digits.*'abcdefgh'"):
-        encode_days([day_files[0], bad], out, Settings(slab_bytes=5000))
+        encode_days([bad, day_files[0]], out, Settings(slab_bytes=1 << 20))
     assert out.exists() == existed
     assert not existed or not list(out.iterdir())
+
+
+def test_work_before_a_bad_row_is_kept_for_a_run_that_leaves_it_out(day_files, tmp_path, monkeypatch):
+    bad = tmp_path / "bad_day"
+    bad.write_bytes(day_files[0].read_bytes() + BAD_ROW + day_files[1].read_bytes())
+    skip = Settings(slab_bytes=5000, bad_rows="skip")
+    encode_days([day_files[0], bad], tmp_path / "whole", skip)
+    with pytest.raises(DataError, match=r"row 501: .* is kept in .*the same command goes on .*--bad-rows skip"):
+        encode_days([day_files[0], bad], tmp_path / "set", replace(skip, bad_rows="error"))
+    parsed = []
+    real = cpu.parse
+    monkeypatch.setattr(cpu, "parse", lambda text, *rest: parsed.append(len(text)) or real(text, *rest))
+    _, report = encode_days([day_files[0], bad], tmp_path / "set", skip)
+    assert report.resumed and sum(parsed) < len(day_files[1].read_bytes()) + 10_000
+    assert digests(tmp_path / "set") == digests(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def test_bad_rows_are_left_out_and_counted(day_files, spoiled, tmp_path, capsys,
 
 
 def test_too_many_bad_rows_are_an_error_all_the_same(day_files, spoiled, tmp_path):
-    settings = Settings(bad_rows="skip", max_bad_rows=4, slab_bytes=2000)
+    settings = Settings(bad_rows="skip", max_bad_rows=4)
     with pytest.raises(DataError, match=r"row 205: .* More than --max-bad-rows 4"):
         encode_days([spoiled[0], day_files[0]], tmp_path / "set", settings)
     assert not (tmp_path / "set").exists()
