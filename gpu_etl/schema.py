@@ -28,7 +28,7 @@ def split_file(split: str) -> str:
 
 ORDERS = ("first", "count")
 DENSE_RULES = ("clamp", "min", "plus2")
-LAST_DAY_RULES = ("test-ceil", "test-floor", "val-ceil")
+LAST_DAY_RULES = ("test-ceil", "test-floor", "val-ceil", "test-all")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Preset:
 
     Rows. `sample`, `sample_last`: share of the rows kept of all days but the last, and of the last. `drop_negatives`:
     share of the rows with label 0 dropped after that. `last_day`: which half of the last day tests, and how an odd
-    number of rows is rounded.
+    number of rows is rounded; or "test-all", and there is no validation split.
     """
 
     name: str

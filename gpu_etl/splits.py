@@ -12,13 +12,15 @@ def equal_days(rows: int, days: int) -> list[int]:
 def by_last_day(day_rows: list[int], rule: str) -> dict[str, tuple[int, int]]:
     """Row range (begin, end) of each split: all days but the last train; the last one is halved.
 
-    rule: "test-ceil" and "test-floor" make its first half the test split, rounded up or down; "val-ceil" makes its
-    first half, rounded up, the validation split. Raises DataError where there is no training or no test row.
+    rule: "test-all" makes all of it the test split, and none is left to validate. "test-ceil" and "test-floor" make its
+    first half the test split, rounded up or down; "val-ceil" makes its first half, rounded up, the validation split.
+    Raises DataError where there is no training or no test row.
     """
     total = sum(day_rows)
     last = day_rows[-1]
     train = total - last
-    middle = train + (last // 2 if rule == "test-floor" else (last + 1) // 2)
+    halves = {"test-all": last, "test-floor": last // 2}
+    middle = train + halves.get(rule, (last + 1) // 2)
     first, second = (train, middle), (middle, total)
     test, val = (second, first) if rule == "val-ceil" else (first, second)
     if not train or test[0] == test[1]:

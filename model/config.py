@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "configs"
-INTERACTIONS = ("dot", "cat")
+INTERACTIONS = ("dot", "cat", "dcnv2")
 
 
 class ConfigError(ValueError):
@@ -17,8 +17,9 @@ class ModelConfig:
     """Shape of a DLRM; the fields are the JSON keys.
 
     bottom_mlp_sizes: outputs of its layers, the last one equal to embedding_dim; top_mlp_sizes: the last one is 1.
-    interaction_op: "dot" or "cat". self_interaction: keep the diagonal of the dot products. hash_indices: take ids
-    modulo their table's size instead of refusing ids beyond it.
+    interaction_op: "dot", "cat" or "dcnv2". self_interaction: keep the diagonal of the dot products. hash_indices: take
+    ids modulo their table's size instead of refusing ids beyond it. dcn_num_layers, dcn_low_rank_dim: of "dcnv2", under
+    the names of torchrec's flags; defaults are MLPerf v3's.
     """
 
     num_numerical_features: int
@@ -29,6 +30,8 @@ class ModelConfig:
     interaction_op: str = "dot"
     hash_indices: bool = False
     self_interaction: bool = False
+    dcn_num_layers: int = 3
+    dcn_low_rank_dim: int = 512
 
     def __post_init__(self):
         for field in ("categorical_feature_sizes", "bottom_mlp_sizes", "top_mlp_sizes"):
@@ -41,6 +44,8 @@ class ModelConfig:
             )
         if self.top_mlp_sizes[-1] != 1:
             raise ConfigError(f"top_mlp_sizes ends in {self.top_mlp_sizes[-1]}: expected 1, the logit")
+        if self.dcn_num_layers < 1 or self.dcn_low_rank_dim < 1:
+            raise ConfigError("dcn_num_layers, dcn_low_rank_dim: expected 1 or more")
         if self.interaction_op not in INTERACTIONS:
             raise ConfigError(f"interaction_op: expected one of {', '.join(INTERACTIONS)}, got {self.interaction_op!r}")
 

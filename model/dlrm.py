@@ -15,7 +15,8 @@ from torch import nn
 
 from model.config import ModelConfig
 from model.embedding import JointEmbedding, TorchEmbedding
-from model.interaction import CatInteraction, DotInteraction
+from model.interaction import CatInteraction, CrossInteraction, DotInteraction
+from model.optimizers import Optimizer
 
 
 def mlp(inputs: int, sizes: tuple[int, ...], last_relu: bool) -> nn.Sequential:
@@ -32,18 +33,24 @@ def mlp(inputs: int, sizes: tuple[int, ...], last_relu: bool) -> nn.Sequential:
 
 
 class DLRM(nn.Module):
-    """See the top of the file. `fused_embedding` off uses torch's own sparse gradients instead of the fused update."""
+    """See the top of the file. fused_embedding: False uses torch's own sparse gradients instead of the fused update;
+    table_optimizer: of the embedding tables."""
 
-    def __init__(self, config: ModelConfig, fused_embedding: bool = True):
+    def __init__(
+        self, config: ModelConfig, fused_embedding: bool = True, table_optimizer: Optimizer = Optimizer()  # noqa: B008
+    ):
         super().__init__()
         self.config = config
         tables, dim = config.categorical_feature_sizes, config.embedding_dim
         self.bottom = mlp(config.num_numerical_features, config.bottom_mlp_sizes, last_relu=True)
-        self.embedding = (JointEmbedding if fused_embedding else TorchEmbedding)(tables, dim, config.hash_indices)
-        if config.interaction_op == "dot":
-            self.interaction = DotInteraction(1 + len(tables), dim, config.self_interaction)
-        else:
-            self.interaction = CatInteraction(1 + len(tables), dim)
+        embedding = JointEmbedding if fused_embedding else TorchEmbedding
+        self.embedding = embedding(tables, dim, config.hash_indices, table_optimizer)
+        vectors = 1 + len(tables)
+        self.interaction = {
+            "dot": lambda: DotInteraction(vectors, dim, config.self_interaction),
+            "cat": lambda: CatInteraction(vectors, dim),
+            "dcnv2": lambda: CrossInteraction(vectors, dim, config.dcn_num_layers, config.dcn_low_rank_dim),
+        }[config.interaction_op]()
         self.top = mlp(self.interaction.width, config.top_mlp_sizes, last_relu=False)
 
     def forward(self, dense: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
@@ -53,5 +60,5 @@ class DLRM(nn.Module):
         return self.top(self.interaction(bottom, vectors)).float().squeeze(1)
 
     def dense_parameters(self) -> list[nn.Parameter]:
-        """Parameters of the MLPs: all that an optimiser outside has to update."""
-        return [*self.bottom.parameters(), *self.top.parameters()]
+        """Parameters of the MLPs and the interaction: all that an optimiser outside has to update."""
+        return [*self.bottom.parameters(), *self.interaction.parameters(), *self.top.parameters()]

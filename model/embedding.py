@@ -1,41 +1,47 @@
-"""Embedding tables that take their own SGD step inside backward, so that no gradient of a table ever exists.
+"""Embedding tables that take their own optimiser step inside backward, so that no gradient of a table ever exists.
 
 Interface of every embedding module: forward(sparse int32 [B, T]) -> float32 [B, T, D]; in training, the rows looked up
-take the step `row -= lr * (sum of the gradients of all its look-ups)` during backward, with `lr` read from the scalar
-tensor of that name. That is exact SGD, also where a row occurs many times in a batch.
+take a step of `optimizer` (optimizers.py) with the sum of the gradients of all their look-ups during backward. The
+learning rate is read from the scalar tensor `lr`, the number of the step (from 1) from `step`; gradients are divided by
+`loss_scale` first.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model.optimizers import Optimizer
+
 
 class _Lookup(torch.autograd.Function):
-    """weight [R, D], index int64 [N] -> rows [N, D]; backward updates weight in place."""
+    """weight [R, D], index int64 [N] -> rows [N, D]; backward lets the module update its weight in place."""
 
     @staticmethod
-    def forward(ctx, weight, index, lr):
-        ctx.weight, ctx.index, ctx.lr = weight, index, lr
+    def forward(ctx, weight, index, module):
+        ctx.index, ctx.module = index, module
         return F.embedding(index, weight)
 
     @staticmethod
     def backward(ctx, grad):
-        with torch.no_grad():
-            ctx.weight.index_add_(0, ctx.index, grad * -ctx.lr)
+        ctx.module.update(ctx.index, grad)
         return None, None, None
 
 
 class _Tables(nn.Module):
     """T tables stacked into one weight [sum of sizes, D], and the shift from ids to its rows."""
 
-    def __init__(self, sizes: tuple[int, ...], dim: int, hash_indices: bool):
+    def __init__(self, sizes: tuple[int, ...], dim: int, hash_indices: bool, optimizer: Optimizer = Optimizer()):  # noqa: B008
         super().__init__()
+        self.optimizer, self._rule = optimizer, optimizer.table_rule()
+        self.step, self.loss_scale = 0, 1.0
         self.sizes, self.dim, self.hash_indices = tuple(sizes), dim, hash_indices
         self.weight = nn.Parameter(torch.empty(sum(sizes), dim))
         begins = torch.tensor([0, *sizes]).cumsum(0)
         self.register_buffer("begins", begins[:-1].clone(), persistent=False)
         self.register_buffer("limits", torch.tensor(sizes), persistent=False)
         self.register_buffer("lr", torch.zeros(()), persistent=False)
+        for name, tensor in optimizer.table_state(sum(sizes), dim).items():
+            self.register_buffer(f"state_{name}", tensor.to(self.weight.device), persistent=False)
         with torch.no_grad():
             for table in self.tables():
                 bound = len(table) ** -0.5
@@ -44,6 +50,18 @@ class _Tables(nn.Module):
     def tables(self) -> tuple[torch.Tensor, ...]:
         """Views [size, D] of the single tables."""
         return self.weight.detach().split(self.sizes)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What the optimiser remembers: tensors [R] or [R, D], by its names for them."""
+        return {name.removeprefix("state_"): buffer for name, buffer in self.named_buffers() if name[:6] == "state_"}
+
+    @torch.no_grad()
+    def update(self, index: torch.Tensor, grad: torch.Tensor) -> None:
+        """One optimiser step for the rows index int64 [N], of which grad float [N, D] are the gradients, times
+        loss_scale."""
+        if self.loss_scale != 1.0:
+            grad = grad / self.loss_scale
+        self._rule(self.weight, self.state(), index, grad, self.lr, self.step)
 
     def rows(self, sparse: torch.Tensor) -> torch.Tensor:
         """Rows of the joint weight, int64 [B * T], for ids int32 [B, T]."""
@@ -60,15 +78,15 @@ class JointEmbedding(_Tables):
         """ids int32 [B, T] -> vectors float32 [B, T, D]."""
         index = self.rows(sparse)
         if torch.is_grad_enabled():
-            return _Lookup.apply(self.weight, index, self.lr).view(*sparse.shape, self.dim)
+            return _Lookup.apply(self.weight, index, self).view(*sparse.shape, self.dim)
         return F.embedding(index, self.weight).view(*sparse.shape, self.dim)
 
 
 class TorchEmbedding(_Tables):
     """The same through torch's own sparse gradients: slower, the specification of JointEmbedding."""
 
-    def __init__(self, sizes: tuple[int, ...], dim: int, hash_indices: bool):
-        super().__init__(sizes, dim, hash_indices)
+    def __init__(self, *settings):
+        super().__init__(*settings)
         self.weight.register_post_accumulate_grad_hook(self._step)
 
     def forward(self, sparse: torch.Tensor) -> torch.Tensor:
@@ -76,6 +94,6 @@ class TorchEmbedding(_Tables):
         return F.embedding(self.rows(sparse), self.weight, sparse=True).view(*sparse.shape, self.dim)
 
     def _step(self, weight: torch.Tensor) -> None:
-        with torch.no_grad():
-            weight.add_(weight.grad.coalesce() * -self.lr)
+        gradient = weight.grad.coalesce()
         weight.grad = None
+        self.update(gradient.indices()[0], gradient.values())

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from model.config import ConfigError
 from model.dlrm import DLRM
 from model.metrics import Metrics, measure
+from model.optimizers import Optimizer
 from model.schedule import Schedule
 
 TESTS_PER_EPOCH = 20
@@ -35,10 +36,12 @@ class Trainer:
     A batch is (dense float32 [B, 13], sparse int32 [B, 26], label float32 [B]) on the model's device.
     """
 
-    def __init__(self, model: DLRM, schedule: Schedule, precision: Precision = Precision()):
+    def __init__(
+        self, model: DLRM, schedule: Schedule, precision: Precision = Precision(), optimizer: Optimizer = Optimizer()  # noqa: B008
+    ):
         self.model, self.schedule, self.precision = model, schedule, precision
         self.device = model.embedding.weight.device
-        self.optimizer = torch.optim.SGD(model.dense_parameters(), lr=0.0)
+        self.optimizer = optimizer.for_mlps(model.dense_parameters())
         self.steps = 0
 
     def _logits(self, batch) -> torch.Tensor:
@@ -49,12 +52,14 @@ class Trainer:
     def step(self, batch) -> torch.Tensor:
         """Train on one batch; returns its mean loss, a scalar tensor on the device."""
         self.steps += 1
-        # Plain SGD is linear in the gradient, so dividing the rate undoes the loss scale exactly.
-        lr = self.schedule.at(self.steps) / self.precision.loss_scale
+        lr, scale, embedding = self.schedule.at(self.steps), self.precision.loss_scale, self.model.embedding
         self.optimizer.param_groups[0]["lr"] = lr
-        self.model.embedding.lr.fill_(lr)
+        embedding.lr.fill_(lr)
+        embedding.step, embedding.loss_scale = self.steps, scale
         loss = F.binary_cross_entropy_with_logits(self._logits(batch), batch.label)
-        (loss * self.precision.loss_scale).backward()
+        (loss * scale).backward()
+        if scale != 1.0:
+            torch._foreach_div_([parameter.grad for parameter in self.model.dense_parameters()], scale)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return loss.detach()

@@ -33,3 +33,25 @@ class CatInteraction(nn.Module):
     def forward(self, bottom: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
         """bottom [B, D] and vectors [B, T, D] of one dtype -> [B, (T + 1) * D]."""
         return torch.cat([bottom, vectors.flatten(1)], 1)
+
+
+class CrossInteraction(nn.Module):
+    """Low-rank cross network, DCN-V2 (Wang et al. 2021, arXiv:2008.13535), as MLPerf v3 trains it (torchrec's
+    LowRankCrossNet): x0 = [bottom output, all vectors]; x_{l+1} = x0 * (W_l (V_l x_l) + b_l) + x_l."""
+
+    def __init__(self, vectors: int, dim: int, layers: int, rank: int):
+        super().__init__()
+        self.width = vectors * dim
+        self.down = nn.ModuleList(nn.Linear(self.width, rank, bias=False) for _ in range(layers))
+        self.up = nn.ModuleList(nn.Linear(rank, self.width) for _ in range(layers))
+        for linear in (*self.down, *self.up):
+            nn.init.xavier_normal_(linear.weight)
+        for linear in self.up:
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, bottom: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+        """bottom [B, D] and vectors [B, T, D] of one dtype -> [B, (T + 1) * D]."""
+        first = x = torch.cat([bottom, vectors.flatten(1)], 1)
+        for down, up in zip(self.down, self.up, strict=True):
+            x = first * up(down(x)) + x
+        return x

@@ -1,0 +1,93 @@
+"""Optimisers: for the tables, a rule that updates only the rows of a batch, inside backward; for the MLPs, torch's own.
+
+A row that a batch shows many times takes one step with the sum of its gradients, as it would in a dense optimiser.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+NAMES = ("sgd", "rowwise_adagrad", "adagrad", "adam")
+EPS = {"sgd": 0.0, "rowwise_adagrad": 1e-8, "adagrad": 1e-10, "adam": 1e-8}  # torch's and FBGEMM's defaults
+State = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """name: one of NAMES; eps: None for the name's usual one; betas: of Adam."""
+
+    name: str = "sgd"
+    eps: float | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
+
+    @property
+    def epsilon(self) -> float:
+        """What is added to the root that a step is divided by."""
+        return EPS[self.name] if self.eps is None else self.eps
+
+    def table_state(self, rows: int, dim: int) -> State:
+        """What the rule remembers of a joint table [rows, dim]; zeros, float32."""
+        shapes = {
+            "sgd": {}, "rowwise_adagrad": {"sum": (rows,)}, "adagrad": {"sum": (rows, dim)},
+            "adam": {"exp_avg": (rows, dim), "exp_avg_sq": (rows, dim)},
+        }  # fmt: skip
+        return {name: torch.zeros(shape) for name, shape in shapes[self.name].items()}
+
+    def table_rule(self) -> Callable[[torch.Tensor, State, torch.Tensor, torch.Tensor, torch.Tensor, int], None]:
+        """rule(weight [R, D], state, index int64 [N], grad [N, D], lr scalar, step from 1), in place."""
+        return {"sgd": _sgd, "rowwise_adagrad": _adagrad, "adagrad": _adagrad, "adam": _adam}[self.name](self)
+
+    def for_mlps(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """torch's optimiser of that name; row-wise Adagrad becomes Adagrad, as MLPs have no rows."""
+        if self.name == "sgd":
+            return torch.optim.SGD(parameters, lr=0.0)
+        if self.name == "adam":
+            return torch.optim.Adam(parameters, lr=0.0, betas=self.betas, eps=self.epsilon)
+        return torch.optim.Adagrad(parameters, lr=0.0, eps=self.epsilon)
+
+
+def _summed(index: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distinct rows int64 [U] of index [N], and the sums [U, D] of their gradients [N, D]."""
+    rows, place = index.unique(return_inverse=True)
+    return rows, grad.new_zeros(len(rows), grad.shape[1]).index_add_(0, place, grad)
+
+
+def _sgd(_: Optimizer):
+    def rule(weight, state, index, grad, lr, step):
+        weight.index_add_(0, index, grad * -lr)
+
+    return rule
+
+
+def _adagrad(settings: Optimizer):
+    """Duchi, Hazan, Singer 2011; row-wise, a row has one sum: that of its gradients' mean squares (FBGEMM's
+    EXACT_ROWWISE_ADAGRAD)."""
+
+    def rule(weight, state, index, grad, lr, step):
+        rows, total = _summed(index, grad)
+        squares = total.square()
+        if settings.name == "rowwise_adagrad":
+            squares = squares.mean(1)
+        squares += state["sum"][rows]
+        state["sum"][rows] = squares
+        scale = -lr / (squares.sqrt_() + settings.epsilon)
+        weight.index_add_(0, rows, total * (scale.unsqueeze(1) if scale.dim() == 1 else scale))
+
+    return rule
+
+
+def _adam(settings: Optimizer):
+    """Kingma, Ba 2015, on the rows of the batch only, as torch.optim.SparseAdam."""
+    beta1, beta2 = settings.betas
+
+    def rule(weight, state, index, grad, lr, step):
+        rows, total = _summed(index, grad)
+        first = state["exp_avg"][rows].lerp_(total, 1 - beta1)
+        second = state["exp_avg_sq"][rows].lerp_(total.square(), 1 - beta2)
+        state["exp_avg"][rows], state["exp_avg_sq"][rows] = first, second
+        scale = -lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
+        weight.index_add_(0, rows, scale * first / (second.sqrt_() + settings.epsilon))
+
+    return rule
