@@ -5,8 +5,11 @@
     python train.py --model_config official_config --dataset DIR --lr 0.1 --warmup_steps 2750 --decay_end_lr 0 \\
         --decay_steps 27772 --decay_start_step 49315 --batch_size 2048 --epochs 5     (DeepSparkHub's recipe)
 
+    python train.py --dataset data/set --mode predict --ckpt runs --input day_23.gz --output scores.parquet
+
 Tests on the validation split while it trains and on the test split at the end. Words and progress go to stderr; the
-last line of stdout is one JSON object. Exit status: 0, 1 after an error, 130 after Ctrl-C.
+last line of stdout is one JSON object. Exit status: 0; 1 after an error; 130 after Ctrl-C and 143 after SIGTERM, both
+of which write a checkpoint first (--ckpt goes on from it).
 """
 
 import argparse
@@ -21,11 +24,18 @@ from tqdm import tqdm
 from gpu_etl.errors import DataError
 from gpu_etl.load.cpu import CpuLoader
 from gpu_etl.load.dataset import DataSet, open_dataset
-from model import checkpoint, flags
+from gpu_etl.load.raw import RawDay
+from gpu_etl.load.scores import ScoreWriter
+from gpu_etl.schema import split_file
+from model import checkpoint, flags, inference
 from model.config import ConfigError, ModelConfig, read_config
 from model.device import choose_device
 from model.dlrm import DLRM
 from model.engine import Trainer, fit, profile
+from model.keeper import Keeper
+from model.logs import RunLog, summary
+from model.metrics import Metrics, measure
+from model.mlperf_log import MLPerfLog
 
 
 def say(text: str) -> None:
@@ -48,64 +58,154 @@ def open_data(args: argparse.Namespace) -> tuple[DataSet, ModelConfig]:
     return data, config
 
 
-def run(args: argparse.Namespace) -> dict:
-    """Train or test as the flags say; returns the results."""
-    flags.check(args)
-    device = choose_device(args.device)
-    data, config = open_data(args)
-    torch.manual_seed(args.seed)
-    with device:
-        model = DLRM(config, args.use_embedding_ext)
-    trainer = Trainer(model, flags.schedule(args), flags.precision(args, device))
-    Loader = CpuLoader  # noqa: N806 - a class
-    if args.loader == "dali":
-        from gpu_etl.load.dali import DaliLoader as Loader
-    loader = Loader(data.splits["train"], args.batch_size, device, args.shuffle_batch_order, args.seed)
-    say(f"device {device}, {trainer.precision}; {data.splits['train'].rows:,} rows, {len(loader):,} steps an epoch")
+class Session:
+    """The data, the model and what trains it, as the flags say."""
 
-    place = {"rows": data.splits["train"].rows, "batch_size": args.batch_size, "seed": args.seed,
-             "shuffle_batch_order": args.shuffle_batch_order}  # fmt: skip
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.device = args, choose_device(args.device)
+        self.mlperf = MLPerfLog(args.mlperf_log) if args.mlperf_log and args.mode == "train" else None
+        self.data, config = open_data(args)
+        torch.manual_seed(args.seed)
+        mlps, tables = flags.optimizers(args)
+        with self.device:
+            model = DLRM(config, args.use_embedding_ext, tables)
+        precision = flags.precision(args, self.device)
+        self.trainer = Trainer(model, flags.schedule(args), precision, mlps, (args.embedding_lr or args.lr) / args.lr)
+        self.loader = self.load("train", args.batch_size, args.shuffle_batch_order, args.seed)
+
+    def load(self, split: str, batch_size: int, *order):
+        """A loader of the split; of the test split where there is none of that name."""
+        source = self.data.splits.get(split, self.data.splits["test"])
+        if self.args.loader == "dali":
+            from gpu_etl.load.dali import DaliLoader
+
+            return DaliLoader(source, batch_size, self.device, *order)
+        return CpuLoader(source, batch_size, self.device, *order)
+
+    def test(self, split: str) -> Metrics:
+        """Exact metrics on a split."""
+        loader = self.load(split, self.args.test_batch_size)
+        return self.trainer.evaluate(loader.batches(), len(loader), f"test on {split}")
+
+    def place(self) -> dict:
+        """What a resumed run must have in common with the one before, so that its batches go on where they were."""
+        args, manifest = self.args, self.data.manifest
+        name = split_file("train")
+        digest = manifest.files.get(name, {}).get("sha256") if manifest else None
+        return {"rows": self.data.splits["train"].rows, "sha256": digest, "batch_size": args.batch_size,
+                "seed": args.seed, "shuffle_batch_order": args.shuffle_batch_order}  # fmt: skip
+
+
+def train(session: Session) -> dict:
+    """Train as the flags say, then test; returns what happened."""
+    args, trainer, loader = session.args, session.trainer, session.loader
+    rows = session.data.splits["train"].rows
+    say(f"device {session.device}, {trainer.precision}; {rows:,} rows, {len(loader):,} steps an epoch")
+    place, best_auc = session.place(), 0.0
     if args.ckpt:
-        state = checkpoint.load(args.ckpt, model)
-        if not args.test_only:
-            trainer.steps = resume(state, place, args.ckpt)
-
-    def test(split: str):
-        tester = Loader(data.splits.get(split, data.splits["test"]), args.test_batch_size, device)
-        return trainer.evaluate(tester.batches(), len(tester), f"test on {split}")
-
-    result = {"command": "train", "dataset": str(args.dataset), "device": str(device)}
+        folder = checkpoint.find(args.ckpt)
+        check_place(checkpoint.read_state(folder)["place"], place, folder)
+        best_auc = checkpoint.restore(folder, trainer)["best_auc"]
+        say(f"going on from {folder}, step {trainer.steps:,}")
     if args.profile_steps:
-        say(profile(trainer, loader, args.profile_steps, Path(args.output_dir)))
-        return {**result, "profile": str(Path(args.output_dir) / "trace.json")}
-    if not args.test_only:
-        result |= train(args, trainer, loader, test)
-        if args.save_model:
-            folder = Path(args.output_dir) / f"step_{trainer.steps}"
-            checkpoint.save(folder, model, {"steps": trainer.steps, "place": place})
-            result["checkpoint"] = str(folder)
-    return {**result, "test": asdict(test("test"))}
-
-
-def train(args, trainer: Trainer, loader, test) -> dict:
-    """Train as the flags say; returns what happened."""
+        say(profile(trainer, loader, args.profile_steps, args.output_dir))
+        return {"profile": str(args.output_dir / "trace.json")}
     for warning in trainer.schedule.warnings(args.epochs * len(loader)):
         say(f"warning: {warning}")
-    progress = fit(trainer, loader, lambda: test("val"), flags.loop_options(args))
-    return {
+    if session.mlperf:
+        session.data.drop_from_page_cache()
+        session.mlperf.event("cache_clear", True)
+        tests = session.data.splits.get("val", session.data.splits["test"]).rows
+        session.mlperf.run(flags.mlperf_settings(args, rows, tests))
+    keeper = Keeper(flags.keep_options(args), trainer, {"place": place}, best_auc)
+    log = RunLog(args.log_dir, session.mlperf)
+    progress = fit(trainer, loader, lambda: session.test("val"), flags.loop_options(args), keeper, log)
+    if session.mlperf:
+        session.mlperf.stop(progress.reached)
+    result = {
         "steps": trainer.steps,
         "ended": progress.ended,
         "train_seconds": round(progress.seconds, 3),
         "samples_per_second": round(progress.samples_per_second),
+        "time_shares": {name: round(share, 3) for name, share in trainer.clock.shares().items()},
         "validation": [{"step": step, **asdict(found)} for step, found in progress.tests],
+        "checkpoint": str(keeper.latest) if keeper.latest else None,
     }
+    if progress.signal:
+        raise StoppedError(progress.signal, f"{progress.ended}; go on with --ckpt {keeper.latest}")
+    found = session.test("test")
+    log.tested(trainer.steps, trainer.steps / len(loader), found, "test")
+    log.close()
+    say(summary(result, found))
+    return {**result, "test": asdict(found)}
 
 
-def resume(state: dict, place: dict, ckpt: str) -> int:
-    """Steps done by the checkpoint. Raises ConfigError where its data or order are not those of this run."""
-    if state["place"] != place:
-        raise ConfigError(f"--ckpt {ckpt}: cannot go on: made with {state['place']}, this run has {place}")
-    return state["steps"]
+def check_place(there: dict, here: dict, folder: Path) -> None:
+    """Raise ConfigError where a checkpoint's data or order are not those of this run."""
+    keys = [key for key in here if there.get(key) != here[key]]
+    if keys:
+        different = ", ".join(f"{key} {there.get(key)} there, {here[key]} here" for key in keys)
+        raise ConfigError(f"--ckpt {folder}: cannot go on with other data or another order: {different}")
+
+
+def predict(session: Session) -> dict:
+    """Write the scores of a raw day, or of a data set's test split; returns their metrics, where there are labels."""
+    args = session.args
+    source = args.input or args.dataset
+    if source.is_dir():
+        loader = CpuLoader(open_dataset(source).splits["test"], args.test_batch_size, session.device)
+        batches, labelled = loader.batches(), True
+    else:
+        day = RawDay(args.dataset, source)
+        batches, labelled = day.batches(session.device), day.labelled
+    kept = []
+    with ScoreWriter(args.output, labelled) as writer:
+        for found, labels in inference.scores(session.trainer, tqdm(batches, desc="predict", unit="batch")):
+            writer.write(found.numpy(), labels.numpy())
+            kept.append((found, labels))
+    found, labels = (torch.cat(column) for column in zip(*kept, strict=True))
+    metrics = asdict(measure(torch.logit(found.double()), labels)) if labelled else {}
+    return {"output": str(args.output), "rows": len(found), **metrics}
+
+
+def inference_benchmark(session: Session) -> dict:
+    """Latency and throughput on batches of the test split."""
+    sizes, steps = session.args.inference_benchmark_batch_sizes, session.args.inference_benchmark_steps
+    batches = {size: [batch for batch, _ in zip(session.load("test", size).batches(), range(8), strict=False)]
+               for size in sizes}  # fmt: skip
+    found = inference.benchmark(session.trainer, batches, steps)
+    for figures in found:
+        say(", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v:,}" for k, v in figures.items()))
+    return {"inference": found}
+
+
+def export(session: Session) -> dict:
+    """Write the model for other programs."""
+    batch = next(session.load("test", 3).batches())
+    inference.export(session.trainer.model, session.args.output, (batch.dense, batch.sparse))
+    return {"output": str(session.args.output)}
+
+
+def run(args: argparse.Namespace) -> dict:
+    """Do what --mode says; returns the results."""
+    flags.check(args)
+    session = Session(args)
+    result = {"command": "train", "mode": args.mode, "dataset": str(args.dataset), "device": str(session.device)}
+    if args.mode == "train":
+        return {**result, **train(session)}
+    checkpoint.load(checkpoint.find(args.ckpt), session.trainer.model)
+    if args.mode == "test":
+        return {**result, "test": asdict(session.test("test"))}
+    modes = {"predict": predict, "inference_benchmark": inference_benchmark, "export": export}
+    return {**result, **modes[args.mode](session)}
+
+
+class StoppedError(Exception):
+    """A signal ended the run, after a checkpoint."""
+
+    def __init__(self, number: int, words: str):
+        super().__init__(words)
+        self.status = 128 + number
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -119,6 +219,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         say(f"error: {error.filename or ''}: {error.strerror or error}")
         return 1
+    except StoppedError as stopped:
+        say(str(stopped))
+        return stopped.status
     except KeyboardInterrupt:
         say("interrupted")
         return 130

@@ -3,15 +3,20 @@
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from signal import Signals
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from model.clock import Clock
 from model.config import ConfigError
 from model.dlrm import DLRM
+from model.keeper import Keeper
+from model.logs import RunLog
 from model.metrics import Metrics, measure
 from model.optimizers import Optimizer
 from model.schedule import Schedule
@@ -33,18 +38,27 @@ class Precision:
 class Trainer:
     """A model in training: the step, and the number of steps done.
 
-    A batch is (dense float32 [B, 13], sparse int32 [B, 26], label float32 [B]) on the model's device.
+    A batch is (dense float32 [B, 13], sparse int32 [B, 26], label float32 [B]) on the model's device. `optimizer` is
+    that of the MLPs; the tables have their own. table_lr: their learning rate, as a multiple of the schedule's.
     """
 
     def __init__(
-        self, model: DLRM, schedule: Schedule, precision: Precision = Precision(), optimizer: Optimizer = Optimizer()  # noqa: B008
-    ):
+        self, model: DLRM, schedule: Schedule, precision: Precision = Precision(),
+        optimizer: Optimizer = Optimizer(), table_lr: float = 1.0,  # noqa: B008
+    ):  # fmt: skip
         self.model, self.schedule, self.precision = model, schedule, precision
         self.device = model.embedding.weight.device
-        self.optimizer = optimizer.for_mlps(model.dense_parameters())
+        self.optimizer, self._settings = optimizer.for_mlps(model.dense_parameters()), optimizer
+        self._table_lr = table_lr
+        self.clock = Clock(self.device)
         self.steps = 0
 
-    def _logits(self, batch) -> torch.Tensor:
+    def optimizer_names(self) -> dict[str, str]:
+        """Which optimisers train the MLPs and the tables."""
+        return {"mlps": self._settings.name, "tables": self.model.embedding.optimizer.name}
+
+    def logits(self, batch) -> torch.Tensor:
+        """Logits float32 [B] of a batch, in the precision of this trainer."""
         autocast = self.precision.autocast
         with torch.autocast(self.device.type, autocast, enabled=autocast is not None):
             return self.model(batch.dense, batch.sparse)
@@ -52,23 +66,27 @@ class Trainer:
     def step(self, batch) -> torch.Tensor:
         """Train on one batch; returns its mean loss, a scalar tensor on the device."""
         self.steps += 1
+        self.clock.next_step()
         lr, scale, embedding = self.schedule.at(self.steps), self.precision.loss_scale, self.model.embedding
         self.optimizer.param_groups[0]["lr"] = lr
-        embedding.lr.fill_(lr)
+        embedding.lr.fill_(lr * self._table_lr)
         embedding.step, embedding.loss_scale = self.steps, scale
-        loss = F.binary_cross_entropy_with_logits(self._logits(batch), batch.label)
-        (loss * scale).backward()
-        if scale != 1.0:
-            torch._foreach_div_([parameter.grad for parameter in self.model.dense_parameters()], scale)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        with self.clock.part("forward"):
+            loss = F.binary_cross_entropy_with_logits(self.logits(batch), batch.label)
+        with self.clock.part("backward, tables"):
+            (loss * scale).backward()
+        with self.clock.part("update of the MLPs"):
+            if scale != 1.0:
+                torch._foreach_div_([parameter.grad for parameter in self.model.dense_parameters()], scale)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
         return loss.detach()
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable, total: int, name: str) -> Metrics:
         """Exact metrics over `total` batches. Memory: 8 B a row."""
         bar = tqdm(batches, total=total, desc=name, unit="batch", file=sys.stderr, leave=False)
-        scored = [(self._logits(batch), batch.label) for batch in bar]
+        scored = [(self.logits(batch), batch.label) for batch in bar]
         return measure(torch.cat([s for s, _ in scored]), torch.cat([label for _, label in scored]))
 
 
@@ -91,12 +109,15 @@ class LoopOptions:
 
 @dataclass
 class Progress:
-    """What the loop did: samples and seconds of training (tests left out), tests as (step, Metrics), why it ended."""
+    """What the loop did: samples and seconds of training (tests and checkpoints left out), tests as (step, Metrics),
+    why it ended; reached: whether that was the AUC threshold; signal: the one that ended it, if one did."""
 
     samples: int = 0
     seconds: float = 0.0
     tests: list[tuple[int, Metrics]] = field(default_factory=list)
     ended: str = "all epochs done"
+    reached: bool = False
+    signal: Signals | None = None
 
     @property
     def samples_per_second(self) -> float:
@@ -104,49 +125,130 @@ class Progress:
         return self.samples / self.seconds if self.seconds else 0.0
 
 
-def fit(trainer: Trainer, loader, test: Callable[[], Metrics], options: LoopOptions) -> Progress:
-    """Train from trainer.steps on to the end of the last epoch, or until a test reaches the AUC threshold.
+class Loop:
+    """Trains a Trainer from its step on to the end of the last epoch, to the AUC threshold, or to a signal.
 
-    loader: len() batches an epoch and batches(epoch, start), as in gpu_etl.load. Raises ConfigError on a loss that is
-    no number.
+    loader: len() batches an epoch and batches(epoch, start), as in gpu_etl.load. test: () -> Metrics on the validation
+    split. keeper: writes checkpoints, None for none. log: takes what happens (logs.RunLog).
     """
-    progress = Progress()
-    per_epoch = len(loader)
-    total = per_epoch * options.epochs
-    print_freq, test_freq = options.frequencies(per_epoch)
-    with tqdm(total=total, initial=trainer.steps, desc="train", unit="step", file=sys.stderr) as bar:
-        while trainer.steps < total:
-            epoch, start = divmod(trainer.steps, per_epoch)
-            mark = time.perf_counter()
-            for batch in loader.batches(epoch, start):
-                loss = trainer.step(batch)
-                progress.samples += len(batch.label)
-                bar.update()
-                if trainer.steps % print_freq == 0:
-                    _report(bar, trainer, loss.item())
-                if trainer.steps % test_freq == 0 and trainer.steps < total:
-                    if trainer.steps / per_epoch < options.test_after:
-                        continue
-                    progress.seconds += time.perf_counter() - mark
-                    if _test(trainer, test, progress, bar) >= options.auc_threshold:
-                        progress.ended = f"AUC {options.auc_threshold} reached at step {trainer.steps}"
-                        return progress
-                    mark = time.perf_counter()
-            progress.seconds += time.perf_counter() - mark
-    return progress
+
+    def __init__(
+        self, trainer: Trainer, loader, test: Callable[[], Metrics], options: LoopOptions, keeper: Keeper | None = None,
+        log: RunLog | None = None,
+    ):  # fmt: skip
+        self.trainer, self.loader, self.test, self.options = trainer, loader, test, options
+        self.keeper, self.log = keeper, log or RunLog()
+        self.progress = Progress()
+        self._print_freq, self._test_freq = options.frequencies(len(loader))
+        self._losses: list[torch.Tensor] = []
+
+    def run(self) -> Progress:
+        """Raises ConfigError on a loss that is no number: no checkpoint is written from the step with it on."""
+        trainer, per_epoch = self.trainer, len(self.loader)
+        total = per_epoch * self.options.epochs
+        watching = self.keeper.watch_signals() if self.keeper else nullcontext()
+        with watching, tqdm(total=total, initial=trainer.steps, desc="train", unit="step", file=sys.stderr) as bar:
+            while trainer.steps < total and not self._stopped:
+                epoch, start = divmod(trainer.steps, per_epoch)
+                self.log.epoch("start", epoch)
+                self._run_epoch(epoch, start, total, bar)
+                self.log.epoch("stop", epoch)
+            if self.keeper:
+                self._check_losses()
+                if self._stopped and self.progress.signal:
+                    self.keeper.save()
+                else:
+                    self.keeper.end()
+        return self.progress
+
+    @property
+    def _stopped(self) -> bool:
+        return self.progress.reached or self.progress.signal is not None
+
+    def _run_epoch(self, epoch: int, start: int, total: int, bar: tqdm) -> None:
+        batches = iter(self.loader.batches(epoch, start))
+        mark = time.perf_counter()
+        while not self._stopped:
+            with self.trainer.clock.part("waiting for data"):
+                batch = next(batches, None)
+            if batch is None:
+                break
+            self._losses.append(self.trainer.step(batch))
+            self.progress.samples += len(batch.label)
+            bar.update()
+            pause = self._due(total)
+            if pause:
+                self._check_losses()
+                self.progress.seconds += time.perf_counter() - mark
+                for action in pause:
+                    action(bar)
+                mark = time.perf_counter()
+        self.progress.seconds += time.perf_counter() - mark
+
+    def _due(self, total: int) -> list[Callable[[tqdm], None]]:
+        """What is to be done after this step, in order."""
+        steps, found = self.trainer.steps, []
+        if steps % self._print_freq == 0:
+            found.append(self._report)
+        if steps % self._test_freq == 0 and total > steps >= self.options.test_after * len(self.loader):
+            found.append(self._test)
+        if self.keeper and self.keeper.due:
+            found.append(lambda _: self.keeper.save())
+        if self.keeper and self.keeper.signal:
+            found.append(self._end_by_signal)
+        return found
+
+    def _end_by_signal(self, _: tqdm) -> None:
+        self.progress.signal = self.keeper.signal
+        self.progress.ended = f"{self.keeper.signal.name} after step {self.trainer.steps}"
+
+    def _test(self, bar: tqdm) -> None:
+        place = self.trainer.steps / len(self.loader)
+        self.log.test_start(place)
+        found = self.test()
+        self.progress.tests.append((self.trainer.steps, found))
+        self.log.tested(self.trainer.steps, place, found)
+        bar.write(
+            f"step {self.trainer.steps}: AUC {found.auc:.5f}, log loss {found.log_loss:.5f}, calibration "
+            f"{found.calibration:.3f}", file=sys.stderr,
+        )  # fmt: skip
+        if self.keeper:
+            self.keeper.tested(found)
+        if found.auc >= self.options.auc_threshold:
+            self.progress.reached = True
+            self.progress.ended = f"AUC {self.options.auc_threshold} reached at step {self.trainer.steps}"
+
+    def _report(self, bar: tqdm) -> None:
+        loss, lr = self._last_loss, self.trainer.schedule.at(self.trainer.steps)
+        bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.4g}", refresh=False)
+        self.log.trained(self.trainer.steps, loss, lr, self.progress)
+
+    def _check_losses(self) -> None:
+        """Look at the losses since the last time, all at once: each look waits for the device."""
+        if not self._losses:
+            return
+        losses = torch.stack(self._losses).cpu()
+        self._losses = []
+        self._last_loss = losses[-1].item()
+        bad = (~losses.isfinite()).nonzero()
+        if not len(bad):
+            return
+        step = self.trainer.steps - len(losses) + 1 + int(bad[0])
+        epoch, number = divmod(step - 1, len(self.loader))
+        rows = ""
+        if hasattr(self.loader, "ranges"):
+            begin, end = self.loader.ranges(epoch, number)[0]
+            rows = f", rows {begin + 1} to {end} of the training split"
+        saved = self.keeper and self.keeper.latest
+        raise ConfigError(
+            f"step {step} (epoch {epoch + 1}, batch {number + 1}{rows}): the loss is {losses[bad[0]].item()}; "
+            f"lower --lr, or raise --warmup_steps. Last good checkpoint: {saved or 'none'}"
+        )
 
 
-def _test(trainer: Trainer, test: Callable[[], Metrics], progress: Progress, bar: tqdm) -> float:
-    found = test()
-    progress.tests.append((trainer.steps, found))
-    bar.write(f"step {trainer.steps}: AUC {found.auc:.5f}, log loss {found.log_loss:.5f}", file=sys.stderr)
-    return found.auc
-
-
-def _report(bar: tqdm, trainer: Trainer, loss: float) -> None:
-    if loss != loss or loss in (float("inf"), float("-inf")):
-        raise ConfigError(f"step {trainer.steps}: the loss is {loss}; lower --lr, or raise --warmup_steps")
-    bar.set_postfix_str(f"loss {loss:.4f}, lr {trainer.schedule.at(trainer.steps):.4g}", refresh=False)
+def fit(trainer: Trainer, loader, test: Callable[[], Metrics], options: LoopOptions, *more) -> Progress:
+    """Loop(...).run()."""
+    return Loop(trainer, loader, test, options, *more).run()
 
 
 def profile(trainer: Trainer, loader, steps: int, folder: Path) -> str:

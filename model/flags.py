@@ -1,13 +1,17 @@
 """Flags of the training scripts: those of MLPerf v0.7 and DeepSparkHub with their defaults, and a few more."""
 
 import argparse
+from pathlib import Path
 
 import torch
 
 from model.config import ConfigError, names
 from model.engine import LoopOptions, Precision
+from model.keeper import KeepOptions
+from model.optimizers import NAMES, Optimizer
 from model.schedule import Schedule
 
+MODES = ("train", "test", "predict", "inference_benchmark", "export")
 TRUE, FALSE = ("true", "t", "1", "yes"), ("false", "f", "0", "no")
 
 
@@ -44,13 +48,18 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     _add_data_flags(parser.add_argument_group("data and model"))
     _add_schedule_flags(parser.add_argument_group("length and learning rate"))
+    _add_optimizer_flags(parser.add_argument_group("optimisers"))
     _add_precision_flags(parser.add_argument_group("machine and precision"))
-    _add_output_flags(parser.add_argument_group("tests, logs and checkpoints"))
+    _add_test_flags(parser.add_argument_group("tests and logs"))
+    _add_checkpoint_flags(parser.add_argument_group("checkpoints"))
+    _add_mode_flags(parser.add_argument_group("other modes"))
     return parser
 
 
 def _add_data_flags(group) -> None:
-    group.add_argument("--dataset", required=True, metavar="DIR", help="data set made by `python -m gpu_etl encode`")
+    group.add_argument(
+        "--dataset", type=Path, required=True, metavar="DIR", help="data set made by `python -m gpu_etl encode`"
+    )
     group.add_argument(
         "--model_config", default="official_config", metavar="NAME|FILE",
         help=f"model shape: a JSON file, or one of {', '.join(names())} (default: official_config). "
@@ -72,7 +81,7 @@ def _add_data_flags(group) -> None:
 
 def _add_schedule_flags(group) -> None:
     group.add_argument("--epochs", type=_count(1), default=1, metavar="N", help="passes over the data (default: 1)")
-    group.add_argument("--lr", type=float, default=8.0, help="learning rate of SGD at its height (default: 8)")
+    group.add_argument("--lr", type=float, default=8.0, help="learning rate at its height (default: 8)")
     group.add_argument("--warmup_steps", type=_count(0), default=1000, metavar="N", help="default: 1000")
     group.add_argument(
         "--warmup_factor", type=_count(0), default=0, metavar="F",
@@ -82,6 +91,22 @@ def _add_schedule_flags(group) -> None:
     group.add_argument("--decay_steps", type=_count(0), default=0, metavar="N", help="0: no decay (default: 0)")
     group.add_argument("--decay_power", type=_count(0), default=2, metavar="P", help="default: 2")
     group.add_argument("--decay_end_lr", type=float, default=8.0, help="learning rate after the decay (default: 8)")
+    group.add_argument(
+        "--schedule_unit", default="steps", choices=("steps", "samples"),
+        help="what --warmup_steps, --decay_start_step and --decay_steps count (default: steps)",
+    )  # fmt: skip
+
+
+def _add_optimizer_flags(group) -> None:
+    group.add_argument("--optimizer", default="sgd", choices=NAMES, help="of the MLPs (default: sgd)")
+    group.add_argument("--embedding_optimizer", choices=NAMES, help="of the tables (default: as --optimizer)")
+    group.add_argument(
+        "--embedding_lr", type=float, metavar="LR", help="learning rate of the tables at its height (default: --lr)"
+    )
+    group.add_argument("--eps", type=float, help="of Adagrad and Adam (default: 1e-8; 1e-10 for adagrad)")
+    group.add_argument(
+        "--betas", type=float, nargs=2, default=(0.9, 0.999), metavar=("B1", "B2"), help="of Adam (default: 0.9 0.999)"
+    )
 
 
 def _add_precision_flags(group) -> None:
@@ -102,39 +127,90 @@ def _add_precision_flags(group) -> None:
     group.add_argument("--profile_steps", type=_count(0), default=0, metavar="N", help="profile N steps, then stop")
 
 
-def _add_output_flags(group) -> None:
+def _add_test_flags(group) -> None:
     group.add_argument("--print_freq", type=_count(0), default=0, metavar="N", help="steps between loss reports")
     group.add_argument(
-        "--test_freq", type=_count(0), default=0, metavar="N", help="steps between tests (default: 20 tests an epoch)"
-    )
+        "--test_freq", type=_count(0), default=0, metavar="N",
+        help="steps between tests on the validation split (default: 20 tests an epoch)",
+    )  # fmt: skip
     group.add_argument("--test_after", type=float, default=0.0, metavar="E", help="no test before E epochs")
     group.add_argument(
         "--auc_threshold", type=float, default=0.8025, metavar="A",
         help="stop once a test reaches this AUC (default: 0.8025; 1: never)",
     )  # fmt: skip
-    group.add_argument("--output_dir", default="runs", metavar="DIR", help="for --save_model and --profile_steps")
+    group.add_argument(
+        "--log_dir", type=Path, metavar="DIR", help="write metrics.jsonl, TensorBoard events and curves.png there"
+    )
+    group.add_argument("--mlperf_log", type=Path, metavar="FILE", help="write MLPerf's log (training 0.7.0) there")
+
+
+def _add_checkpoint_flags(group) -> None:
+    group.add_argument(
+        "--output_dir", type=Path, default=Path("runs"), metavar="DIR", help="for checkpoints and --profile_steps"
+    )
     group.add_argument("--save_model", action=_Boolean, default=False, help="write a checkpoint at the end")
-    group.add_argument("--ckpt", metavar="DIR", help="checkpoint to go on from, or, with --test_only, to test")
-    group.add_argument("--test_only", action=_Boolean, default=False, help="only test --ckpt on the test split")
+    group.add_argument("--save_freq", type=_count(0), default=0, metavar="N", help="write one every N steps")
+    group.add_argument("--save_minutes", type=float, default=0.0, metavar="M", help="write one every M minutes")
+    group.add_argument("--keep", type=_count(1), default=3, metavar="K", help="of these, keep the last K (default: 3)")
+    group.add_argument(
+        "--save_best", action=_Boolean, default=False, help="keep the best one by validation AUC, as OUTPUT_DIR/best"
+    )
+    group.add_argument(
+        "--ckpt", type=Path, metavar="DIR",
+        help="checkpoint to go on from or to use, or a folder of some: then the latest in it",
+    )  # fmt: skip
+
+
+def _add_mode_flags(group) -> None:
+    group.add_argument(
+        "--mode", default="train", choices=MODES,
+        help="train; test: score --ckpt on the test split; predict: write the scores of --input; inference_benchmark: "
+        "latency and throughput; export: for other programs (default: train)",
+    )  # fmt: skip
+    group.add_argument("--test_only", action=_Boolean, default=False, help="as --mode test")
+    group.add_argument(
+        "--input", type=Path, metavar="FILE|DIR",
+        help="predict: a raw day (its ids come from --dataset), or a data set (default: --dataset), of which the test "
+        "split is scored",
+    )  # fmt: skip
+    group.add_argument(
+        "--output", type=Path, metavar="FILE", help="predict: scores.parquet; export: model.pt2 (torch.export) or .onnx"
+    )
+    group.add_argument(
+        "--inference_benchmark_batch_sizes", type=_count(1), nargs="+", default=[1, 64, 4096], metavar="B",
+        help="default: 1 64 4096",
+    )  # fmt: skip
+    group.add_argument("--inference_benchmark_steps", type=_count(1), default=200, metavar="N", help="default: 200")
 
 
 def check(args: argparse.Namespace) -> None:
     """Raise ConfigError where flags contradict each other or a number is out of range."""
     if args.amp and args.fp16:
         raise ConfigError("--amp (bfloat16) and --fp16 (float16): choose one")
-    if args.test_only and not args.ckpt:
-        raise ConfigError("--test_only: expected --ckpt DIR, the checkpoint to test")
-    for name in ("lr", "loss_scale"):
-        if not getattr(args, name) > 0:
+    if args.test_only:
+        args.mode = "test"
+    if args.mode != "train" and not args.ckpt:
+        raise ConfigError(f"--mode {args.mode}: expected --ckpt DIR, the checkpoint to use")
+    if args.mode in ("predict", "export") and not args.output:
+        raise ConfigError(f"--mode {args.mode}: expected --output FILE")
+    for name in ("lr", "embedding_lr", "eps", "loss_scale"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise ConfigError(f"--{name}: expected a number above 0, got {getattr(args, name)}")
+    if not all(0 <= beta < 1 for beta in args.betas):
+        raise ConfigError(f"--betas: expected two numbers from 0 to below 1, got {args.betas}")
 
 
 def schedule(args: argparse.Namespace) -> Schedule:
-    """The learning-rate schedule that the flags ask for."""
-    return Schedule(
-        args.lr, args.warmup_steps, args.warmup_factor,
-        args.decay_start_step, args.decay_steps, args.decay_power, args.decay_end_lr,
-    )  # fmt: skip
+    """The learning-rate schedule that the flags ask for; samples become the steps that hold them, rounded up."""
+    unit = args.batch_size if args.schedule_unit == "samples" else 1
+    warmup, start, steps = (-(-n // unit) for n in (args.warmup_steps, args.decay_start_step, args.decay_steps))
+    return Schedule(args.lr, warmup, args.warmup_factor, start, steps, args.decay_power, args.decay_end_lr)
+
+
+def optimizers(args: argparse.Namespace) -> tuple[Optimizer, Optimizer]:
+    """Those of the MLPs and of the tables."""
+    names = args.optimizer, args.embedding_optimizer or args.optimizer
+    return tuple(Optimizer(name, args.eps, tuple(args.betas)) for name in names)
 
 
 def precision(args: argparse.Namespace, device: torch.device) -> Precision:
@@ -149,3 +225,22 @@ def precision(args: argparse.Namespace, device: torch.device) -> Precision:
 def loop_options(args: argparse.Namespace) -> LoopOptions:
     """How long to train, and when to report, test and stop."""
     return LoopOptions(args.epochs, args.print_freq, args.test_freq, args.test_after, args.auc_threshold)
+
+
+def keep_options(args: argparse.Namespace) -> KeepOptions:
+    """When to write checkpoints, and which to keep."""
+    return KeepOptions(
+        args.output_dir, args.save_freq, args.save_minutes, args.keep, args.save_best, args.save_model
+    )
+
+
+def mlperf_settings(args: argparse.Namespace, train_rows: int, eval_rows: int) -> dict:
+    """What MLPerf's log tells of a run."""
+    plan = schedule(args)
+    return {
+        "seed": args.seed, "global_batch_size": args.batch_size, "train_samples": train_rows, "eval_samples": eval_rows,
+        "opt_base_learning_rate": plan.lr, "opt_learning_rate_warmup_steps": plan.warmup_steps,
+        "lr_decay_start_steps": plan.decay_start_step, "sgd_opt_base_learning_rate": plan.lr,
+        "sgd_opt_learning_rate_decay_poly_power": plan.decay_power,
+        "sgd_opt_learning_rate_decay_steps": plan.decay_steps,
+    }  # fmt: skip

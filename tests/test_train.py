@@ -121,7 +121,7 @@ def test_foreign_data_set_takes_its_table_sizes_from_the_configuration(folder, t
         (["--dataset", "SET", "--device", "cuda"], "torch finds no GPU"),
         (["--dataset", "SET", "--amp", "--fp16"], "choose one"),
         (["--dataset", "SET", "--test_only"], "expected --ckpt DIR"),
-        (["--dataset", "SET", "--ckpt", "/nowhere"], "expected a folder that --save_model wrote"),
+        (["--dataset", "SET", "--ckpt", "/nowhere"], "expected a checkpoint, or a run's folder"),
         (["--dataset", "SET", "--lr", "0"], "--lr: expected a number above 0"),
         (["--dataset", "SET", "--dataset_type", "dist"], "change --dataset_type"),
         (["--dataset", "SET", "--dataset_type", "dle"], "change --dataset_type"),

@@ -1,5 +1,6 @@
 """Open a data set: find its form, check its sizes, read blocks of rows from it."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,6 +158,14 @@ class DataSet:
                 end = min(begin + CHECK_ROWS, source.rows)
                 source.check(table_sizes, begin, end)
                 progress(end - begin)
+
+    def drop_from_page_cache(self) -> None:
+        """Let the operating system forget the splits' contents, so that they are read from the disk again."""
+        for source in self.splits.values():
+            for path in source.path.iterdir() if source.path.is_dir() else [source.path]:
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _find_splits(folder: Path) -> dict[str, Path]:

@@ -11,15 +11,17 @@ from model.config import ConfigError
 from model.device import choose_device
 from model.dlrm import DLRM
 from model.engine import LoopOptions, Precision, Trainer, fit
+from model.optimizers import NAMES, Optimizer
 from model.schedule import Schedule
 from tests.model.helpers import ListLoader, random_batches, small_config
 
 SCHEDULE = Schedule(lr=0.5, warmup_steps=3, decay_start_step=10, decay_steps=30, decay_end_lr=0.05)
 
 
-def make_trainer(seed=0, precision=Precision(), fused=True, schedule=SCHEDULE, **changes):  # noqa: B008 - frozen
+def make_trainer(seed=0, precision=Precision(), fused=True, schedule=SCHEDULE, optimizer="sgd", **changes):  # noqa: B008 - frozen
     torch.manual_seed(seed)
-    return Trainer(DLRM(small_config(**changes), fused), schedule, precision)
+    settings = Optimizer(optimizer)
+    return Trainer(DLRM(small_config(**changes), fused, settings), schedule, precision, settings)
 
 
 def weights(trainer):
@@ -91,24 +93,25 @@ def test_stops_at_the_threshold_and_not_before_test_after():
 
 def test_loss_that_is_no_number_is_an_error():
     trainer = make_trainer(schedule=Schedule(lr=1e30))
-    with pytest.raises(ConfigError, match=r"step \d+: the loss is nan; lower --lr"):
+    with pytest.raises(ConfigError, match=r"step \d+ \(epoch 1, batch \d+\): the loss is nan; lower --lr"):
         fit(trainer, ListLoader(random_batches(30, 32)), lambda: None, LoopOptions(print_freq=1, test_freq=1000))
 
 
 @pytest.mark.parametrize("stop_after", [1, 7, 10, 13])
-def test_resumed_run_ends_with_the_same_bits(tmp_path, stop_after):
+@pytest.mark.parametrize("optimizer", NAMES)
+def test_resumed_run_ends_with_the_same_bits(tmp_path, stop_after, optimizer):
     loader = ListLoader(random_batches(10, 32))
     options = LoopOptions(epochs=2, test_freq=1000)
-    whole = make_trainer()
+    whole = make_trainer(optimizer=optimizer)
     fit(whole, loader, lambda: None, options)
 
-    first = make_trainer()
+    first = make_trainer(optimizer=optimizer)
     for step in range(stop_after):
         epoch, start = divmod(step, 10)
         first.step(next(iter(loader.batches(epoch, start))))
-    checkpoint.save(tmp_path / "ckpt", first.model, {"steps": first.steps})
-    second = make_trainer(seed=99)
-    second.steps = checkpoint.load(tmp_path / "ckpt", second.model)["steps"]
+    checkpoint.save(tmp_path / "ckpt", first, {})
+    second = make_trainer(seed=99, optimizer=optimizer)
+    checkpoint.restore(tmp_path / "ckpt", second)
     fit(second, loader, lambda: None, options)
     assert second.steps == 20 and same(weights(second), weights(whole))
 
@@ -116,11 +119,12 @@ def test_resumed_run_ends_with_the_same_bits(tmp_path, stop_after):
 def test_saving_again_replaces_and_leaves_nothing_else(tmp_path):
     trainer = make_trainer()
     for steps in (1, 2):
-        checkpoint.save(tmp_path / "ckpt", trainer.model, {"steps": steps})
+        trainer.steps = steps
+        checkpoint.save(tmp_path / "ckpt", trainer, {})
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
     assert checkpoint.read_state(tmp_path / "ckpt")["steps"] == 2
     assert sorted(path.name for path in (tmp_path / "ckpt").iterdir()) == [
-        "mlps.safetensors", "state.json", "tables.safetensors"
+        "mlps.safetensors", "optimizer.safetensors", "state.json", "tables.safetensors"
     ]  # fmt: skip
 
 
@@ -135,19 +139,19 @@ def cut(path):
         (lambda folder: cut(folder / "mlps.safetensors"), "damaged"),
         (lambda folder: (folder / "tables.safetensors").unlink(), "damaged"),
         (lambda folder: cut(folder / "state.json"), "damaged"),
-        (lambda folder: (folder / "state.json").unlink(), "expected a folder that --save_model wrote"),
-        (lambda folder: (folder / "state.json").write_text(json.dumps({"version": 99})), "expected version 1, got 99"),
+        (lambda folder: (folder / "state.json").unlink(), "expected a checkpoint that train.py wrote"),
+        (lambda folder: (folder / "state.json").write_text(json.dumps({"version": 99})), "expected version 2, got 99"),
     ],
 )
 def test_damaged_checkpoints_are_refused(tmp_path, damage, words):
-    checkpoint.save(tmp_path / "ckpt", make_trainer().model, {"steps": 0})
+    checkpoint.save(tmp_path / "ckpt", make_trainer(), {})
     damage(tmp_path / "ckpt")
     with pytest.raises(checkpoint.CheckpointError, match=words):
         checkpoint.load(tmp_path / "ckpt", make_trainer().model)
 
 
 def test_checkpoint_of_another_model_is_refused_and_nothing_changed(tmp_path):
-    checkpoint.save(tmp_path / "ckpt", make_trainer().model, {"steps": 0})
+    checkpoint.save(tmp_path / "ckpt", make_trainer(), {})
     other = make_trainer(categorical_feature_sizes=(3, 11, 201, 1))
     before = weights(other)
     with pytest.raises(checkpoint.CheckpointError, match=r"another model: categorical_feature_sizes .*200.*201"):
