@@ -51,7 +51,8 @@ def synth(args: argparse.Namespace) -> dict:
     from gpu_etl.synthetic import write_days
 
     start = time.perf_counter()
-    truth = write_days(args.out, rows=args.rows, days=args.days, seed=args.seed, compress=args.gzip)
+    truth = write_days(args.out, rows=args.rows, days=args.days, seed=args.seed, compress=args.gzip,
+                       signal=args.signal)  # fmt: skip
     return {"out": str(args.out), **truth, "seconds": round(time.perf_counter() - start, 3)}
 
 

@@ -37,6 +37,9 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     synth.add_argument("--rows", type=int, default=1_000_000, metavar="N", help="rows in all (default: 1,000,000)")
     synth.add_argument("--days", type=int, default=3, metavar="N", help="day files (default: 3)")
     synth.add_argument("--seed", type=int, default=0, help="of the model and the rows (default: 0)")
+    synth.add_argument(
+        "--signal", type=float, default=1.0, metavar="S", help="how much clicks depend on the row (default: 1)"
+    )
     synth.add_argument("--gzip", action=argparse.BooleanOptionalAction, default=True, help="compress (default: yes)")
     verify = commands.add_parser("verify", help="check a data set against its manifest: sizes, checksums, id ranges")
     verify.add_argument("set", type=Path, metavar="DIR", help="folder of the data set")

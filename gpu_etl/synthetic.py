@@ -83,21 +83,22 @@ def cardinalities(rows: int) -> np.ndarray:
     return np.where(sizes <= UNSCALED, sizes, scaled)
 
 
-def draw_model(rows: int, seed: int) -> TrueModel:
-    """Draw the parameters for a data set of so many rows."""
+def draw_model(rows: int, seed: int, signal: float = 1.0) -> TrueModel:
+    """Draw the parameters for a data set of so many rows; every part of the logit but the bias is times `signal`."""
     random = np.random.default_rng(seed)
     sizes = cardinalities(rows)
     begins = np.concatenate([[0], np.cumsum(sizes)])
     ranks = np.concatenate([np.arange(size) for size in sizes])
     shrink = 1 / np.sqrt(1 + ranks / SHRINK_RANK)
-    effect = np.repeat(MAIN_EFFECT, sizes)
+    effect = signal * np.repeat(MAIN_EFFECT, sizes)
+    pair_effect = np.sqrt(signal * PAIR_EFFECT) * RANK**-0.25
     return TrueModel(
         seed,
         begins,
         main=effect * random.standard_normal(begins[-1]) * shrink,
-        vectors=np.sqrt(PAIR_EFFECT) * RANK**-0.25 * random.standard_normal((begins[-1], RANK)) * shrink[:, None],
-        linear=DENSE_EFFECT * random.standard_normal(DENSE),
-        square=DENSE_EFFECT / 3 * random.standard_normal(DENSE),
+        vectors=pair_effect * random.standard_normal((begins[-1], RANK)) * shrink[:, None],
+        linear=signal * DENSE_EFFECT * random.standard_normal(DENSE),
+        square=signal * DENSE_EFFECT / 3 * random.standard_normal(DENSE),
     )
 
 
@@ -246,18 +247,21 @@ def _describe(truth: np.ndarray) -> dict:
     }
 
 
-def write_days(out: Path, rows: int, days: int, seed: int, compress: bool) -> dict:
+def write_days(out: Path, rows: int, days: int, seed: int, compress: bool, signal: float = 1.0) -> dict:
     """Write day_0 ... (.gz) and their truth into folder `out`; returns what TRUTH_FILE holds.
 
     probability_day_N.npy: float32 [rows of the day], each row's true click probability. TRUTH_FILE: best AUC and log
     loss, by day and for the rows that `encode` makes the test and validation splits, with and without the pairs' part.
-    The same rows, days and seed make the same bytes. Raises DataError for fewer than two days or ten rows a day.
+    The same rows, days, seed and signal (see draw_model) make the same bytes. Raises DataError for fewer than two days
+    or ten rows a day, and for a signal that is not above 0.
     """
+    if not signal > 0:
+        raise DataError(f"--signal {signal}: expected a number above 0")
     if days < 2 or rows < 10 * days:
         raise DataError(f"--rows {rows} --days {days}: expected 2 days or more, of 10 rows or more each")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    model = draw_model(rows, seed)
+    model = draw_model(rows, seed, signal)
     edges = [rows * day // days for day in range(days + 1)]
     paths = [out / (f"day_{day}.gz" if compress else f"day_{day}") for day in range(days)]
     bar = tqdm(total=rows, desc="synth", unit="rows", unit_scale=True)
@@ -272,6 +276,7 @@ def write_days(out: Path, rows: int, days: int, seed: int, compress: bool) -> di
     half = (len(truths[-1]) + 1) // 2
     described = {
         "seed": seed,
+        "signal": signal,
         "days": {path.name: _describe(truth) for path, truth in zip(paths, truths, strict=True)},
         "test": _describe(truths[-1][:half]),
         "val": _describe(truths[-1][half:]),

@@ -20,7 +20,7 @@ class DotInteraction(nn.Module):
         """bottom [B, D] and vectors [B, T, D] of one dtype -> [B, D + pairs + 1]."""
         z = torch.cat([bottom.unsqueeze(1), vectors], 1)
         products = torch.bmm(z, z.transpose(1, 2)).flatten(1).index_select(1, self.pairs)
-        return torch.cat([bottom, products, bottom.new_zeros(len(bottom), 1)], 1)
+        return torch.cat([bottom, products, bottom.new_zeros(bottom.shape[0], 1)], 1)
 
 
 class CatInteraction(nn.Module):
