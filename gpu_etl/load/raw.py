@@ -13,6 +13,7 @@ from gpu_etl.extract import Slab, TextSlab, open_sources, read_day
 from gpu_etl.load.batch import Batch, make_batch
 from gpu_etl.manifest import Manifest
 from gpu_etl.memory import Reused
+from gpu_etl.rows import INT32_MAX
 from gpu_etl.schema import COLUMNS, FIRST_DENSE, FIRST_SPARSE, Preset
 from gpu_etl.vocabulary import Vocabulary
 
@@ -62,7 +63,7 @@ class RawDay:
         if self._preset.dense in CODING:
             return CODING[self._preset.dense]
         least = min(int(values[:, FIRST_DENSE:FIRST_SPARSE].view(np.int32).min()) for values, _ in self._parsed())
-        return 1 - least, 1 - least
+        return 1 - least, min(1 - least, INT32_MAX)
 
     def batches(self, device: torch.device) -> Iterator[Batch]:
         """All rows in order, some thousands a batch."""
