@@ -69,9 +69,9 @@ class Session:
         mlps, tables = flags.optimizers(args)
         with self.device:
             model = DLRM(config, args.use_embedding_ext, tables)
-        precision = flags.precision(args, self.device)
-        self.trainer = Trainer(model, flags.schedule(args), precision, mlps, (args.embedding_lr or args.lr) / args.lr)
         self.loader = self.load("train", args.batch_size, args.shuffle_batch_order, args.seed)
+        schedule, precision = flags.schedule(args, len(self.loader)), flags.precision(args, self.device)
+        self.trainer = Trainer(model, schedule, precision, mlps, (args.embedding_lr or args.lr) / args.lr)
 
     def load(self, split: str, batch_size: int, *order):
         """A loader of the split; of the test split where there is none of that name."""
@@ -101,6 +101,8 @@ def train(session: Session) -> dict:
     args, trainer, loader = session.args, session.trainer, session.loader
     rows = session.data.splits["train"].rows
     say(f"device {session.device}, {trainer.precision}; {rows:,} rows, {len(loader):,} steps an epoch")
+    if "val" not in session.data.splits:
+        say("no validation split: tests on the way, --auc_threshold and --save_best go by the test split")
     place, best_auc = session.place(), 0.0
     if args.ckpt:
         folder = checkpoint.find(args.ckpt)
@@ -116,7 +118,7 @@ def train(session: Session) -> dict:
         session.data.drop_from_page_cache()
         session.mlperf.event("cache_clear", True)
         tests = session.data.splits.get("val", session.data.splits["test"]).rows
-        session.mlperf.run(flags.mlperf_settings(args, rows, tests))
+        session.mlperf.run(flags.mlperf_settings(args, trainer.schedule, rows, tests))
     keeper = Keeper(flags.keep_options(args), trainer, {"place": place}, best_auc)
     log = RunLog(args.log_dir, session.mlperf)
     progress = fit(trainer, loader, lambda: session.test("val"), flags.loop_options(args), keeper, log)

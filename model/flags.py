@@ -1,6 +1,9 @@
 """Flags of the training scripts: those of MLPerf v0.7 and DeepSparkHub with their defaults, and a few more."""
 
 import argparse
+import math
+import shlex
+import sys
 from pathlib import Path
 
 import torch
@@ -11,6 +14,7 @@ from model.keeper import KeepOptions
 from model.optimizers import NAMES, Optimizer
 from model.schedule import Schedule
 
+RECIPES = Path(__file__).parent / "recipes"
 MODES = ("train", "test", "predict", "inference_benchmark", "export")
 TRUE, FALSE = ("true", "t", "1", "yes"), ("false", "f", "0", "no")
 
@@ -43,9 +47,40 @@ def _count(least: int):
     return parse
 
 
+def _length(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"expected a number, 0 or more, got {text!r}")
+    return value
+
+
+class _Parser(argparse.ArgumentParser):
+    """Takes flags from files too, named as @FILE: any number a line, comments behind #. A name alone is that of a file
+    in model/recipes."""
+
+    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
+        return shlex.split(arg_line, comments=True)
+
+    def parse_args(self, args=None, namespace=None):
+        words = sys.argv[1:] if args is None else list(args)
+        return super().parse_args([_recipe(word) if word.startswith("@") else word for word in words], namespace)
+
+
+def _recipe(word: str) -> str:
+    path = RECIPES / f"{word[1:]}.flags"
+    return f"@{path}" if path.is_file() and not Path(word[1:]).exists() else word
+
+
 def build_parser(description: str) -> argparse.ArgumentParser:
     """The parser of all flags; `description` is shown above them."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@",
+        epilog="@FILE takes flags from a file; these come along: @"
+        + ", @".join(sorted(path.stem for path in RECIPES.glob("*.flags"))),
+    )  # fmt: skip
     _add_data_flags(parser.add_argument_group("data and model"))
     _add_schedule_flags(parser.add_argument_group("length and learning rate"))
     _add_optimizer_flags(parser.add_argument_group("optimisers"))
@@ -82,18 +117,18 @@ def _add_data_flags(group) -> None:
 def _add_schedule_flags(group) -> None:
     group.add_argument("--epochs", type=_count(1), default=1, metavar="N", help="passes over the data (default: 1)")
     group.add_argument("--lr", type=float, default=8.0, help="learning rate at its height (default: 8)")
-    group.add_argument("--warmup_steps", type=_count(0), default=1000, metavar="N", help="default: 1000")
+    group.add_argument("--warmup_steps", type=_length, default=1000, metavar="N", help="default: 1000")
     group.add_argument(
         "--warmup_factor", type=_count(0), default=0, metavar="F",
         help="the warm-up starts 2^-F below the height; 0: from zero (default: 0)",
     )  # fmt: skip
-    group.add_argument("--decay_start_step", type=_count(0), default=48000, metavar="N", help="default: 48000")
-    group.add_argument("--decay_steps", type=_count(0), default=0, metavar="N", help="0: no decay (default: 0)")
+    group.add_argument("--decay_start_step", type=_length, default=48000, metavar="N", help="default: 48000")
+    group.add_argument("--decay_steps", type=_length, default=0, metavar="N", help="0: no decay (default: 0)")
     group.add_argument("--decay_power", type=_count(0), default=2, metavar="P", help="default: 2")
     group.add_argument("--decay_end_lr", type=float, default=8.0, help="learning rate after the decay (default: 8)")
     group.add_argument(
-        "--schedule_unit", default="steps", choices=("steps", "samples"),
-        help="what --warmup_steps, --decay_start_step and --decay_steps count (default: steps)",
+        "--schedule_unit", default="steps", choices=("steps", "samples", "epochs"),
+        help="what --warmup_steps, --decay_start_step, --decay_steps count; epochs may be fractions (default: steps)",
     )  # fmt: skip
 
 
@@ -196,14 +231,21 @@ def check(args: argparse.Namespace) -> None:
     for name in ("lr", "embedding_lr", "eps", "loss_scale"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise ConfigError(f"--{name}: expected a number above 0, got {getattr(args, name)}")
+    if args.schedule_unit != "epochs":
+        for name in ("warmup_steps", "decay_start_step", "decay_steps"):
+            value = getattr(args, name)
+            if value % 1:
+                raise ConfigError(f"--{name}: expected a whole number of {args.schedule_unit}, got {value}")
     if not all(0 <= beta < 1 for beta in args.betas):
         raise ConfigError(f"--betas: expected two numbers from 0 to below 1, got {args.betas}")
 
 
-def schedule(args: argparse.Namespace) -> Schedule:
-    """The learning-rate schedule that the flags ask for; samples become the steps that hold them, rounded up."""
-    unit = args.batch_size if args.schedule_unit == "samples" else 1
-    warmup, start, steps = (-(-n // unit) for n in (args.warmup_steps, args.decay_start_step, args.decay_steps))
+def schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:
+    """The learning-rate schedule that the flags ask for; samples and epochs become steps, rounded up."""
+    unit = {"steps": 1, "samples": 1 / args.batch_size, "epochs": steps_per_epoch}[args.schedule_unit]
+    lengths = args.warmup_steps, args.decay_start_step, args.decay_steps
+    # Rounded to a millionth of a step first: 0.15 times 20 is a little more than 3.
+    warmup, start, steps = (math.ceil(round(length * unit, 6)) for length in lengths)
     return Schedule(args.lr, warmup, args.warmup_factor, start, steps, args.decay_power, args.decay_end_lr)
 
 
@@ -234,9 +276,8 @@ def keep_options(args: argparse.Namespace) -> KeepOptions:
     )
 
 
-def mlperf_settings(args: argparse.Namespace, train_rows: int, eval_rows: int) -> dict:
+def mlperf_settings(args: argparse.Namespace, plan: Schedule, train_rows: int, eval_rows: int) -> dict:
     """What MLPerf's log tells of a run."""
-    plan = schedule(args)
     return {
         "seed": args.seed, "global_batch_size": args.batch_size, "train_samples": train_rows, "eval_samples": eval_rows,
         "opt_base_learning_rate": plan.lr, "opt_learning_rate_warmup_steps": plan.warmup_steps,

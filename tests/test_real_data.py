@@ -33,10 +33,18 @@ def test_seven_days_of_the_kaggle_rows(samples, folder):
         assert test[i].tolist() == expected
 
 
-def test_facebookresearchs_recipe_reaches_its_auc(folder, capsys):
+def trained(folder, recipe):
+    words = ["--dataset", str(folder), f"@{recipe}", "--test_freq", "100000"]
+    return train.run(train.flags.build_parser("").parse_args(words))["test"]
+
+
+def test_facebookresearchs_recipe_reaches_its_auc(folder):
     # facebookresearch/dlrm: 0.727 +- 0.006 as the mean of three seeds (python -m bench kaggle); one strays further.
-    result = train.run(train.flags.build_parser("").parse_args(
-        ["--dataset", str(folder), "--model_config", "criteo_kaggle_tiny", "--batch_size", "128", "--lr", "0.1",
-         "--warmup_steps", "0", "--auc_threshold", "1", "--test_freq", "100000"]
-    ))  # fmt: skip
-    assert 0.715 < result["test"]["auc"] < 0.74
+    assert 0.715 < trained(folder, "facebookresearch_kaggle")["auc"] < 0.74
+
+
+def test_our_recipe_learns_more(samples, tmp_path):
+    settings = Settings(preset=choose_preset("count", min_count=2, last_day="test-all"), days=7, shuffle=False)
+    encode_days([samples / "criteo_kaggle_137k.tsv.gz"], tmp_path, settings)
+    found = trained(tmp_path, "criteo_kaggle")
+    assert found["rows"] == 19_569 and found["auc"] > 0.757 and found["log_loss"] < 0.489

@@ -9,6 +9,7 @@ import pytest
 
 import train
 from gpu_etl.pipeline import Settings, encode_days
+from gpu_etl.schema import choose_preset
 from tests.conftest import ROOT
 
 QUICK = ["--batch_size", "64", "--test_batch_size", "100", "--lr", "0.1", "--warmup_steps", "2", "--auc_threshold", "1"]
@@ -123,6 +124,8 @@ def test_foreign_data_set_takes_its_table_sizes_from_the_configuration(folder, t
         (["--dataset", "SET", "--test_only"], "expected --ckpt DIR"),
         (["--dataset", "SET", "--ckpt", "/nowhere"], "expected a checkpoint, or a run's folder"),
         (["--dataset", "SET", "--lr", "0"], "--lr: expected a number above 0"),
+        (["--dataset", "SET", "--decay_steps", "1.5"], "--decay_steps: expected a whole number of steps, got 1.5"),
+        (["--dataset", "SET", "--betas", "1", "0"], "--betas: expected two numbers from 0"),
         (["--dataset", "SET", "--dataset_type", "dist"], "change --dataset_type"),
         (["--dataset", "SET", "--dataset_type", "dle"], "change --dataset_type"),
     ],
@@ -134,12 +137,36 @@ def test_errors(folder, capsys, words, message):
     assert status == 1 and result is None and "error: " in said and message in said
 
 
-@pytest.mark.parametrize("words", [["--batch_size", "0"], ["--fp16=maybe"], ["--epochs", "x"], []])
+def test_flags_from_a_file(tmp_path):
+    path = tmp_path / "mine.flags"
+    path.write_text("# a comment\n--lr 0.25 --epochs 3   # more\n\n--amp\n--warmup_steps 5\n")
+    parse = train.flags.build_parser("").parse_args
+    args = parse(["--dataset", "x", f"@{path}", "--warmup_steps", "7"])
+    assert (args.lr, args.epochs, args.amp, args.warmup_steps) == (0.25, 3, True, 7)
+    args = parse(["--dataset", "x", "@criteo_kaggle"])
+    assert args.model_config == "criteo_kaggle_dcnv2" and not args.shuffle_batch_order
+    plan = train.flags.schedule(args, 1000)
+    assert (plan.warmup_steps, plan.decay_start_step, plan.decay_steps, plan.decay_power) == (0, 850, 150, 1)
+    assert plan.at(850) == 0.001 and plan.at(925) == 0.0005 and plan.at(1000) == 0
+    assert train.flags.schedule(args, 20).decay_steps == 3
+
+
+def test_no_validation_split(day_files, tmp_path, capsys):
+    encode_days(day_files, tmp_path, Settings(preset=choose_preset("count", last_day="test-all")))
+    status, result, words = run(capsys, "--dataset", tmp_path, *QUICK)
+    assert status == 0 and "no validation split: tests on the way" in words
+    assert result["test"]["rows"] == 251 and result["validation"][-1]["rows"] == 251
+
+
+@pytest.mark.parametrize(
+    "words", [["--batch_size", "0"], ["--fp16=maybe"], ["--epochs", "x"], ["--decay_steps", "-1"], ["@nowhere"], []]
+)
 def test_flags_that_cannot_be(capsys, words):
     with pytest.raises(SystemExit) as stopped:
         train.main([*words, *(["--dataset", "x"] if words else [])])
     assert stopped.value.code == 2
-    assert "expected" in capsys.readouterr().err or not words
+    said = capsys.readouterr().err
+    assert "expected" in said or "No such file" in said or not words
 
 
 def test_help_as_a_process():

@@ -35,6 +35,22 @@ def test_auc_and_log_loss_agree_with_scikit_learn(decimals):
     assert measure(logits, labels).rows == 200_000
 
 
+def test_normalized_entropy_and_calibration_by_their_formulas():
+    torch.manual_seed(4)
+    logits = torch.randn(5000)
+    labels = (torch.rand(5000) < 0.3).float()
+    found = measure(logits, labels)
+    rate = labels.mean().item()
+    base = sklearn_log_loss(labels, torch.full((5000,), rate, dtype=torch.float64))
+    assert found.normalized_entropy == pytest.approx(found.log_loss / base, rel=1e-6)
+    assert found.calibration == pytest.approx(torch.sigmoid(logits).sum().item() / labels.sum().item(), rel=1e-6)
+    always = torch.full((5000,), math.log(rate / (1 - rate)))
+    perfect = measure(always, labels)
+    assert perfect.normalized_entropy == pytest.approx(1, abs=1e-6)
+    assert perfect.calibration == pytest.approx(1, abs=1e-6)
+    assert math.isnan(measure(logits, torch.zeros(5000)).normalized_entropy)
+
+
 def test_extreme_logits_do_not_tie_or_overflow():
     logits = torch.tensor([60.0, 50.0, -60.0, -50.0])
     labels = torch.tensor([1.0, 0.0, 0.0, 1.0])
