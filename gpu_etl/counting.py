@@ -19,7 +19,7 @@ from gpu_etl.memory import Reused
 from gpu_etl.prefetch import side_by_side
 from gpu_etl.rows import FAULT_STRIDE, INT32_MAX
 from gpu_etl.sampling import dropped_rows
-from gpu_etl.schema import COLUMNS, FIRST_DENSE, FIRST_SPARSE, RECORD_DTYPE, Preset
+from gpu_etl.schema import COLUMNS, Preset
 from gpu_etl.shuffle import Buckets
 from gpu_etl.spill import Spill, first_number
 
@@ -160,7 +160,8 @@ class CountPass:
         self, slab: Slab, dictionaries, buckets: Buckets, parsed: Reused, stored: Reused, bar: tqdm
     ) -> Callable[[], None]:
         """Parse, count and code a slab; returns what stores it and says so in the journal."""
-        values, missing, codes = slab.parse(self._kernels, parsed)
+        kernels = self._kernels
+        values, missing, codes = slab.parse(kernels, parsed)
         tally = self.tallies[slab.day]
         dropped = self._drop_bad(slab, codes, bar)
         slab.release()
@@ -168,22 +169,23 @@ class CountPass:
         preset = self._preset
         if preset.sample < 1 or preset.sample_last < 1 or preset.drop_negatives:
             last = slab.day == len(self._sources) - 1
-            for reason, gone in dropped_rows(values[:, 0], preset, self._seed, slab.day, last, tally.read).items():
+            gone_by = dropped_rows(kernels.labels(values), preset, self._seed, slab.day, last, tally.read)
+            for reason, gone in gone_by.items():
                 dropped[reason] = int((gone & keep).sum())
                 keep &= ~gone
         read = len(values)
         if not keep.all():
-            values, missing = np.asfortranarray(values[keep]), missing[keep]
+            values, missing = kernels.keep_rows(values, missing, keep)
         smallest = INT32_MAX
         if preset.dense in CODING:
-            self._kernels.integers(values, missing, *CODING[preset.dense])
+            kernels.integers(values, missing, *CODING[preset.dense])
         elif len(values):
-            smallest = int(values[:, FIRST_DENSE:FIRST_SPARSE].view(np.int32).min())
+            smallest = kernels.smallest(values)
         first = first_number(slab.day) + tally.kept
         dictionaries.code(values, missing, first)
         event = {
-            "read": read, "kept": len(values), "end": slab.end, "clicks": int(values[:, 0].sum()),
-            "missing": self._kernels.count_missing(missing).tolist(), "smallest": smallest, "dropped": dropped,
+            "read": read, "kept": len(values), "end": slab.end, "clicks": int(kernels.labels(values).sum()),
+            "missing": kernels.count_missing(missing).tolist(), "smallest": smallest, "dropped": dropped,
         }  # fmt: skip
         tally.add(**event)
         store = self._storing(slab.day, values, first, dictionaries.new_keys(), buckets, stored)
@@ -194,11 +196,10 @@ class CountPass:
     ) -> Callable[[], int]:
         """What writes the coded rows and the new keys, and returns how many keys there were."""
         if self.to_buckets[day]:
-            grouped = buckets.group(values, first, memory)
+            grouped = self._kernels.group(values, first, buckets.seed, len(buckets), memory)
             write = lambda: buckets.add(*grouped)  # noqa: E731
         else:
-            coded = memory.empty(values.shape, RECORD_DTYPE)
-            coded[:] = values.view(RECORD_DTYPE)
+            coded = self._kernels.rows_of(values, memory)
             write = lambda: self.spill.add(day, coded)  # noqa: E731
 
         def store() -> int:

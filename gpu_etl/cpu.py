@@ -1,6 +1,7 @@
-"""The slab functions on the CPU: find_rows, parse, count_missing, integers, Dictionaries (dictionary.py), finish;
-and encode, which does it all at once with a known vocabulary. Numba loops around the scalar functions of rows.py.
+"""The slab functions on the CPU, Numba loops around the scalar functions of rows.py; cuda.py has the same on a GPU.
 
+A slab goes through find_rows, parse, keep_rows, count_missing, integers, Dictionaries.code (dictionary.py), and group
+(shuffle.py) or rows_of; the encode pass through Finisher. encode does it all at once with a known vocabulary.
 Every function works on one slab and computes with integers only, so that results do not depend on threads or slabs.
 Parsed slabs are column-major: counting and coding go through them by columns.
 """
@@ -13,9 +14,13 @@ from gpu_etl.dictionary import Dictionaries
 from gpu_etl.jit import compiled, compiled_parallel
 from gpu_etl.memory import Reused
 from gpu_etl.schema import COLUMNS, DENSE, FIRST_DENSE, FIRST_SPARSE, RECORD_DTYPE, SPARSE, Preset
+from gpu_etl.shuffle import group
 from gpu_etl.vocabulary import Lookup
 
-__all__ = ["Dictionaries", "count_missing", "encode", "find_rows", "finish", "integers", "parse", "set_threads"]
+__all__ = [
+    "Dictionaries", "Finisher", "count_missing", "encode", "find_rows", "group", "integers", "keep_rows", "labels",
+    "parse", "rows_of", "set_threads", "smallest", "upload",
+]  # fmt: skip
 
 SHORT_ROW = 128  # bytes; where rows are shorter on average, they are found in a second try
 NEWLINES = np.uint64(0x0A0A0A0A0A0A0A0A)
@@ -92,6 +97,33 @@ def parse(
     return values, missing, faults
 
 
+def upload(values: np.ndarray, missing: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Values and missing of a slab that another parser made, where the functions below find them: as they are."""
+    return values, missing
+
+
+def labels(values: np.ndarray) -> np.ndarray:
+    """The labels of a parsed slab, uint32 [n]."""
+    return values[:, 0]
+
+
+def smallest(values: np.ndarray) -> int:
+    """The smallest integer of a parsed slab, missing ones counting as 0; the slab has rows."""
+    return int(values[:, FIRST_DENSE:FIRST_SPARSE].view(np.int32).min())
+
+
+def keep_rows(values: np.ndarray, missing: np.ndarray, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Values and missing of the rows where keep, bool [n], is true."""
+    return np.asfortranarray(values[keep]), missing[keep]
+
+
+def rows_of(values: np.ndarray, memory: Reused) -> np.ndarray:
+    """A coded slab as rows int32 [n, 40], row-major, on the host; they lie in `memory`."""
+    rows_ = memory.empty(values.shape, RECORD_DTYPE)
+    rows_[:] = values.view(RECORD_DTYPE)
+    return rows_
+
+
 @compiled
 def _count_missing(missing, counts):
     for column in range(len(counts)):
@@ -135,15 +167,19 @@ def _finish(coded, order, shifts, ids, base, records):
             records[i, column] = ids[np.uint64(base[c] + coded[row, column])]
 
 
-def finish(
-    coded: np.ndarray, order: np.ndarray, shifts: np.ndarray, ids: tuple[np.ndarray, np.ndarray], records: np.ndarray
-) -> None:
-    """Write records int32 [m, 40]: rows order[0], order[1], ... (int64 [m]) of dictionary-coded ones, their ids found.
+class Finisher:
+    """Turns coded rows into records. ids: 26 arrays int32, the ids of a column by dictionary code."""
 
-    coded int32 [n, 40]: label, integers, codes; shifts int64 [n]: added to a row's integers; ids: all columns' ids by
-    code, int32, and int64 [26], where each column's begin.
-    """
-    _finish(coded, order, shifts, *ids, records)
+    def __init__(self, ids: tuple[np.ndarray, ...]):
+        self._ids = np.concatenate(ids)
+        self._base = np.cumsum([0] + [len(column) for column in ids[:-1]])
+
+    def finish(self, coded: np.ndarray, order: np.ndarray, shifts: np.ndarray, records: np.ndarray) -> None:
+        """Write records int32 [m, 40]: rows order[0], order[1], ... (int64 [m]) of coded ones, int32 [n, 40].
+
+        shifts int64 [n]: added to a row's integers.
+        """
+        _finish(coded, order, shifts, self._ids, self._base, records)
 
 
 @compiled_parallel

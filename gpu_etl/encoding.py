@@ -16,7 +16,7 @@ from gpu_etl.memory import Reused
 from gpu_etl.prefetch import prefetch
 from gpu_etl.rows import INT32_MAX
 from gpu_etl.schema import COLUMNS, RECORD_DTYPE, Preset
-from gpu_etl.shuffle import Buckets
+from gpu_etl.shuffle import Buckets, group
 from gpu_etl.spill import DAY_SHIFT, Spill, first_number
 
 ENCODE_ROWS = 1 << 15
@@ -57,9 +57,8 @@ class EncodePass:
         self, kernels: ModuleType, spill: Spill, buckets: Buckets, day_rows: list[int], shifts: np.ndarray,
         ids: tuple[np.ndarray, ...], table_sizes: list[int], form: str, journal: Journal, work: Path,
     ):  # fmt: skip
-        self._kernels, self._spill, self._buckets = kernels, spill, buckets
+        self._finisher, self._spill, self._buckets = kernels.Finisher(ids), spill, buckets
         self._day_rows, self._shifts = day_rows, shifts
-        self._ids = np.concatenate(ids), np.cumsum([0] + [len(column) for column in ids[:-1]])
         self._table_sizes, self._form, self._journal, self._work = table_sizes, form, journal, work
         self._memory = Reused(), Reused()
         self._turn = 0
@@ -120,7 +119,7 @@ class EncodePass:
         """Finish some rows while the ones before are being written, and hand them to the writing thread."""
         self._turn ^= 1
         records = self._memory[self._turn].empty((len(order), COLUMNS), RECORD_DTYPE)
-        self._kernels.finish(coded, order, shifts, self._ids, records)
+        self._finisher.finish(coded, order, shifts, records)
         if written is not None:
             written.result()
         bar.update(len(order))
@@ -142,5 +141,6 @@ def scatter(
     done = sum(event["rows"] for event in journal.all("scattered"))
     for piece in _pieces(day_rows, begin + done, end):
         coded = spill.read(piece.day, piece.begin, piece.end)
-        buckets.add(*buckets.group(coded, first_number(piece.day) + piece.begin, memory))
+        first = first_number(piece.day) + piece.begin
+        buckets.add(*group(coded, first, buckets.seed, len(buckets), memory))
         journal.record(scattered={"day": piece.day, "rows": len(coded)})

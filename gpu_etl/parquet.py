@@ -125,7 +125,7 @@ class ParquetSlab:
             if kinds.any():
                 new = (kinds != 0) & (faults == 0)
                 faults[new] = kinds[new].astype(np.int32) * rows.FAULT_STRIDE + column
-        return values, missing, faults
+        return *kernels.upload(values, missing), faults
 
     def describe(self, row: int, code: int) -> str:
         """Words for the fault `code` of row `row` of this slab."""

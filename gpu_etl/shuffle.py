@@ -85,6 +85,20 @@ def _scatter(coded, first_row, places, words):
             words[place, NUMBER_WORDS + column] = coded[row, column]
 
 
+def group(
+    coded: np.ndarray, first_row: int, seed: int, buckets: int, memory: Reused
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows (32-bit integers [n, 40], numbered from first_row on) by bucket, for Buckets.add.
+
+    Returns them as NUMBERED [n], in `memory`, and int64 [buckets]: where each bucket's rows end.
+    """
+    numbered = memory.empty((len(coded),), NUMBERED)
+    ends, places = np.empty(buckets, np.int64), np.empty(len(coded), np.int64)
+    _places(row_keys(seed, first_row, len(coded)), ends, places)
+    _scatter(coded.view(np.uint32), first_row, places, numbered.view(np.uint32).reshape(-1, NUMBER_WORDS + COLUMNS))
+    return numbered, ends
+
+
 def bucket_count(rows: int) -> int:
     """How many buckets so many rows take."""
     return min(MAX_BUCKETS, max(1, -(-rows * NUMBERED.itemsize // BUCKET_BYTES)))
@@ -98,7 +112,7 @@ class Buckets:
     """
 
     def __init__(self, folder: Path, count: int, seed: int, kept: list[int] | None):
-        self._seed = seed
+        self.seed = seed
         self._paths = [folder / f"bucket_{b}" for b in range(count)]
         if kept is None:
             self._files = []
@@ -110,15 +124,6 @@ class Buckets:
                 "says (did the machine stop?), so it cannot go on; delete this folder and start again"
             )
         self._files = [open(path, "ab") for path in self._paths]  # noqa: SIM115 - closed in close()
-
-    def group(self, coded: np.ndarray, first_row: int, memory: Reused) -> tuple[np.ndarray, np.ndarray]:
-        """Rows (32-bit integers [n, 40], numbered from first_row on) by bucket, for add(); they lie in `memory`."""
-        numbered = memory.empty((len(coded),), NUMBERED)
-        ends, places = np.empty(len(self._paths), np.int64), np.empty(len(coded), np.int64)
-        _places(row_keys(self._seed, first_row, len(coded)), ends, places)
-        words = numbered.view(np.uint32).reshape(-1, NUMBER_WORDS + COLUMNS)
-        _scatter(coded.view(np.uint32), first_row, places, words)
-        return numbered, ends
 
     def add(self, numbered: np.ndarray, ends: np.ndarray) -> None:
         """Take what group() made. It is with the kernel on return."""
@@ -149,7 +154,7 @@ class Buckets:
                 view = memoryview(numbered.view(np.uint8))
                 while view and (count := file.readinto(view)):
                     view = view[count:]
-            yield numbered, np.argsort(keys_of(self._seed, numbered["row"]))
+            yield numbered, np.argsort(keys_of(self.seed, numbered["row"]))
 
     def remove(self, bucket: int) -> None:
         """Delete a bucket's file, if it is still there."""

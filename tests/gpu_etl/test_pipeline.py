@@ -16,7 +16,7 @@ from gpu_etl.errors import DataError
 from gpu_etl.memory import Reused
 from gpu_etl.pipeline import Settings, encode_days
 from gpu_etl.schema import PRESETS, choose_preset, split_file
-from gpu_etl.shuffle import Buckets, row_keys
+from gpu_etl.shuffle import Buckets, group, row_keys
 from gpu_etl.verify import verify
 from tests import reference
 from tests.conftest import ROOT
@@ -117,7 +117,7 @@ def test_shuffle_does_not_depend_on_its_buckets(tmp_path):
     for count, step in ((1, 5000), (17, 777), (90, 10)):
         buckets = Buckets(tmp_path, count, seed=3, kept=[0])
         for begin in reversed(range(0, len(rows), step)):  # any order will do
-            buckets.add(*buckets.group(rows[begin : begin + step], begin, Reused()))
+            buckets.add(*group(rows[begin : begin + step], begin, 3, count, Reused()))
         shuffled = [numbered["coded"][order] for numbered, order in buckets.ordered()]
         orders.append(np.concatenate(shuffled)[:, 0] // 40)
         for bucket in range(count):

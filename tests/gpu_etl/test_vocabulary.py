@@ -77,11 +77,10 @@ def test_codes_lead_to_the_ids_that_encode_finds(name):
         coded[begin:end] = piece
         keys.append(dictionaries.new_keys())
     words, ids = vocabulary.build(dictionaries.counts(), preset)
-    starts = np.cumsum([0] + [len(column) for column in ids[:-1]])
     order = np.random.default_rng(0).permutation(900)
     found = np.empty((900, 40), np.int32)
     coded = np.ascontiguousarray(coded).view(np.int32)
-    cpu.finish(coded, order, np.zeros(900, np.int64), (np.concatenate(ids), starts), found)
+    cpu.Finisher(ids).finish(coded, order, np.zeros(900, np.int64), found)
     assert found.tolist() == cpu.encode(values, missing, words.lookup(), preset)[order].tolist()
 
     # Dictionaries that take over their keys and rows count the same, and go on with the same codes.
