@@ -4,16 +4,26 @@ from types import ModuleType
 
 from gpu_etl.errors import DataError
 
-DEVICES = ("auto", "cpu")
+DEVICES = ("auto", "cpu", "cuda")
 
 
 def device(name: str) -> ModuleType:
-    """The module with find_rows, parse, Counter and encode for "cpu" or "auto" (today: the CPU).
+    """The module of slab functions: cpu.py for "cpu" and "auto", cuda.py for "cuda".
 
-    Raises DataError for any other name.
+    "auto" stays with the CPU until the GPU's functions were measured on one. Raises DataError for another name, and for
+    "cuda" where numba-cuda or a usable GPU is missing.
     """
     if name not in DEVICES:
         raise DataError(f"--device: expected one of {', '.join(DEVICES)}, got {name!r}")
-    from gpu_etl import cpu
+    if name != "cuda":
+        from gpu_etl import cpu
 
-    return cpu
+        return cpu
+    try:
+        from gpu_etl import cuda
+    except ImportError as error:
+        raise DataError(
+            f"--device cuda: {error}; install the GPU packages (`pip install -r requirements-gpu.txt`), or --device cpu"
+        ) from error
+    cuda.require_gpu()
+    return cuda

@@ -67,8 +67,9 @@ class TextSlab:
 
     def describe(self, row: int, code: int) -> str:
         """See Slab; parse comes first."""
-        begin = int(self._ends[row - 1]) + 1 if row else 0
-        return faults.describe(self.text, begin, int(self._ends[row]), code)
+        ends = np.append(np.flatnonzero(self.text == NEWLINE), len(self.text))
+        begin = int(ends[row - 1]) + 1 if row else 0
+        return faults.describe(self.text, begin, int(ends[row]), code)
 
 
 @dataclass

@@ -34,11 +34,29 @@ def mix64(x):
 
 
 @compiled
+def start_of_keys(seed):
+    """What the keys of a seed (uint64) begin with."""
+    return mix64(mix64(seed) + GOLDEN_GAMMA)
+
+
+@compiled
+def key_of(start, row):
+    """Sort key, uint64, of the row with that number; start: start_of_keys(seed)."""
+    return mix64(start + GOLDEN_GAMMA * np.uint64(row))
+
+
+@compiled
+def bucket_of(key, buckets):
+    """Equal ranges of keys, without a division: the key's high 32 bits times the number of buckets, over 2^32."""
+    return np.int64((key >> np.uint64(32)) * np.uint64(buckets) >> np.uint64(32))
+
+
+@compiled
 def _keys(seed, rows, keys):
     """keys[i] = sort key of the row with number rows[i]."""
-    start = mix64(mix64(seed) + GOLDEN_GAMMA)
+    start = start_of_keys(seed)
     for i in range(len(rows)):
-        keys[i] = mix64(start + GOLDEN_GAMMA * np.uint64(rows[i]))
+        keys[i] = key_of(start, rows[i])
 
 
 def keys_of(seed: int, rows: np.ndarray) -> np.ndarray:
@@ -56,22 +74,15 @@ def row_keys(seed: int, first_row: int, rows: int) -> np.ndarray:
 @compiled
 def _places(keys, ends, places):
     """places[row] = where it goes, so that rows are grouped by bucket: b's come to lie at ends[b - 1] to ends[b]."""
-    buckets = np.uint64(len(ends))
     ends[:] = 0
     for row in range(len(keys)):
-        ends[_bucket(keys[row], buckets)] += 1
+        ends[bucket_of(keys[row], len(ends))] += 1
     next_place = np.cumsum(ends) - ends
     ends[:] = np.cumsum(ends)
     for row in range(len(keys)):
-        bucket = _bucket(keys[row], buckets)
+        bucket = bucket_of(keys[row], len(ends))
         places[row] = next_place[bucket]
         next_place[bucket] += 1
-
-
-@compiled
-def _bucket(key, buckets):
-    """Equal ranges of keys, without a division: the key's high 32 bits times the number of buckets, over 2^32."""
-    return np.int64((key >> np.uint64(32)) * buckets >> np.uint64(32))
 
 
 @compiled_parallel

@@ -1,0 +1,166 @@
+"""Cases of test_cuda.py, each run in a process of its own: in Numba's simulator, or on a GPU.
+
+    NUMBA_ENABLE_CUDASIM=1 NUMBA_DISABLE_JIT=1 python -m tests.gpu_etl.simulated parse
+"""
+
+import hashlib
+import sys
+import tempfile
+import warnings
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numba import config
+
+from gpu_etl import cuda_launch
+
+SIMULATED = bool(config.ENABLE_CUDASIM)
+if SIMULATED:
+    cuda_launch.THREADS = 8  # a thread of the simulator is one of the operating system
+    warnings.filterwarnings("ignore", "overflow encountered")  # uint64 wraps around, as it should
+
+from gpu_etl import cpu, cuda, cuda_dictionary  # noqa: E402 - after THREADS
+from gpu_etl.memory import Reused  # noqa: E402
+from gpu_etl.pipeline import Settings, encode_days  # noqa: E402
+from gpu_etl.schema import choose_preset  # noqa: E402
+from gpu_etl.spill import first_number  # noqa: E402
+from tests import reference  # noqa: E402
+
+ROWS = 40 if SIMULATED else 200_000
+if SIMULATED:
+    cuda_dictionary.HOT, cuda_dictionary.FIRST_SLOTS = 4, 16
+
+
+def texts() -> dict[str, bytes]:
+    """Slabs of every kind."""
+    plain = reference.write_rows(seed=3, rows=ROWS)
+    row = plain.splitlines()[0]
+    bad = [b"", b"0", b"2" + b"\t" * 39, b"1" + b"\tx" * 39, b"1" + b"\t99999999999" * 13 + b"\t" * 26, row + b"\t"]
+    return {
+        "ragged": plain, "no last newline": plain[:-1], "crlf": plain.replace(b"\n", b"\r\n"), "one row": row,
+        "equal": (row + b"\n") * 20, "empty fields": (b"0" + b"\t" * 39 + b"\n") * 5, "nothing": b"",
+        "extremes": b"1" + b"\t-2147483648" * 13 + b"\tffffffff" * 26 + b"\n0" + b"\t2147483647" * 13 + b"\t0" * 26,
+        "bad rows": b"\n".join([row, *bad, row, *bad]) + b"\n",
+    }  # fmt: skip
+
+
+def parsed(text: bytes):
+    """(values, missing, faults) of the CPU, and the same on the device."""
+    array = np.frombuffer(text, np.uint8)
+    return cpu.parse(array, cpu.find_rows(array)), cuda.parse(array, cuda.find_rows(array))
+
+
+def same(device, host) -> None:
+    np.testing.assert_array_equal(cuda.download(device), host)
+
+
+def same_values(device, host) -> None:
+    np.testing.assert_array_equal(cuda.memory_of_columns(device) if len(host) else np.empty((0, 40)), host)
+
+
+def parse() -> None:
+    for name, text in texts().items():
+        (values, missing, faults), (on_device, missing_there, faults_there) = parsed(text)
+        np.testing.assert_array_equal(faults, faults_there, err_msg=name)
+        good = faults == 0
+        np.testing.assert_array_equal(cuda.memory_of_columns(on_device)[good], values[good], err_msg=name)
+        np.testing.assert_array_equal(cuda.download(missing_there)[good], missing[good], err_msg=name)
+
+
+def slab_functions() -> None:
+    for name in ("ragged", "empty fields", "nothing"):
+        (values, missing, _), (on_device, missing_there, _) = parsed(texts()[name])
+        np.testing.assert_array_equal(cuda.labels(on_device), cpu.labels(values))
+        np.testing.assert_array_equal(cuda.count_missing(missing_there), cpu.count_missing(missing))
+        if len(values):
+            assert cuda.smallest(on_device) == cpu.smallest(values)
+        keep = np.arange(len(values)) % 3 != 1
+        kept, kept_there = cpu.keep_rows(values, missing, keep), cuda.keep_rows(on_device, missing_there, keep)
+        same_values(kept_there[0], kept[0])
+        same(kept_there[1], kept[1])
+        same_values(*reversed([kept[0], cuda.upload(*kept)[0]]))
+        for shift, empty_value in ((0, 0), (2, 0), (5, 7)):
+            host, there = values.copy(order="F"), cuda.upload(values, missing)[0]
+            cpu.integers(host, missing, shift, empty_value)
+            cuda.integers(there, missing_there, shift, empty_value)
+            same_values(there, host)
+        np.testing.assert_array_equal(cuda.rows_of(on_device, Reused()), cpu.rows_of(values, Reused()))
+        first = first_number(3) + 5
+        for buckets in (1, 7):
+            numbered, ends = cpu.group(values, first, 9, buckets, Reused())
+            there, ends_there = cuda.group(on_device, first, 9, buckets, Reused())
+            np.testing.assert_array_equal(ends, ends_there)
+            for begin, end in zip([0, *ends[:-1]], ends, strict=True):
+                np.testing.assert_array_equal(np.sort(there[begin:end], order="row"), numbered[begin:end])
+
+
+def as_set(column) -> set:
+    return set(zip(column.keys.tolist(), column.counts.tolist(), column.first_rows.tolist(), strict=True))
+
+
+def dictionaries() -> None:
+    for preset in (choose_preset("count"), choose_preset("mlperf", max_index_range=50)):
+        (values, missing, _), (on_device, missing_there, _) = parsed(texts()["ragged"])
+        host, there = cpu.Dictionaries(preset, 1), cuda.Dictionaries(preset, 1)
+        keys = [[] for _ in range(26)]
+        cuts = [0, ROWS // 4, ROWS // 4 + 1, ROWS]
+        for begin, end in pairwise(cuts):
+            keep = (np.arange(ROWS) >= begin) & (np.arange(ROWS) < end)
+            piece, piece_there = cpu.keep_rows(values, missing, keep), cuda.keep_rows(on_device, missing_there, keep)
+            host.code(*piece, begin)
+            there.code(*piece_there, begin)
+            for column, new in zip(keys, there.new_keys(), strict=True):
+                column.append(new)
+            coded = cuda.memory_of_columns(piece_there[0])
+            found = [counts.keys for counts in there.counts().columns]
+            for c in range(26):
+                values_there = np.concatenate([[0], found[c]])[coded[:, 14 + c]]
+                values_here = np.concatenate([[0], host.counts().columns[c].keys])[piece[0][:, 14 + c]]
+                np.testing.assert_array_equal(values_there, values_here)
+        again = cuda.Dictionaries(preset, 1, [np.concatenate(column) for column in keys])
+        again.recount(coded.view(np.int32), np.arange(cuts[2], ROWS))
+        for c in range(26):
+            one, other = host.counts().columns[c], there.counts().columns[c]
+            assert as_set(one) == as_set(other)
+            np.testing.assert_array_equal(again.counts().columns[c].keys, other.keys)
+            expected = np.bincount(coded[:, 14 + c], minlength=len(other.keys) + 1)[1:]
+            np.testing.assert_array_equal(again.counts().columns[c].counts, expected)
+        assert there.nbytes > 26 * 16 * 8
+
+
+def finish() -> None:
+    random = np.random.default_rng(0)
+    ids = tuple(random.integers(0, 1000, 30 + c).astype(np.int32) for c in range(26))
+    coded = random.integers(0, 30, (ROWS, 40)).astype(np.int32)
+    coded[0, 1:14] = 2**31 - 1
+    order, shifts = random.permutation(ROWS)[: ROWS - 3], random.integers(-3, 3, ROWS)
+    here, there = np.empty((len(order), 40), np.int32), np.empty((len(order), 40), np.int32)
+    cpu.Finisher(ids).finish(coded, order, shifts, here)
+    cuda.Finisher(ids).finish(coded, order, shifts, there)
+    np.testing.assert_array_equal(here, there)
+
+
+def encode() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        days = [Path(folder) / f"day_{day}" for day in range(3)]
+        for day, path in enumerate(days):
+            path.write_bytes(reference.write_rows(seed=day, rows=(ROWS // 2, ROWS // 3, ROWS // 4)[day]))
+        for name, rules, more in (
+            ("count", {"min_count": 2}, {}),
+            ("torchrec", {"drop_negatives": 0.3}, {"shuffle": False}),
+            ("mlperf", {}, {"fractions": (0.6, 0.2, 0.2)}),
+        ):
+            found = []
+            for device in ("cpu", "cuda"):
+                out = Path(folder) / f"{name}_{device}"
+                slab_bytes = 3000 if SIMULATED else 1 << 22
+                preset = choose_preset(name, **rules)
+                encode_days(days, out, Settings(preset=preset, device=device, slab_bytes=slab_bytes, workers=1, **more))
+                found.append({p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.iterdir())})
+            assert found[0] == found[1], name
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]]()
+    print("agrees")
