@@ -53,6 +53,10 @@ class Tally:
         self.smallest = min(self.smallest, smallest)
         self.dropped.update(dropped)
 
+    def bad_rows(self) -> int:
+        """Rows left out because they could not be parsed."""
+        return sum(self.dropped[reason] for reason in faults.REASONS.values())
+
     def reasons(self) -> dict[str, int]:
         """Rows that went, by reason, without the reasons that did not occur."""
         return {reason: count for reason, count in sorted(self.dropped.items()) if count}
@@ -76,17 +80,17 @@ class CountPass:
 
     bad_rows: "error" or "skip", up to max_bad_rows of them.
 
-    to_buckets: of each day, whether its rows go into the shuffle's buckets, rather than into a file of its own. What an
-    earlier run has done is read from the journal.
+    to_buckets: of each day, whether its rows go into the shuffle's buckets, rather than into a file of its own. only:
+    the one day to read, None for all. What an earlier run has done is read from the journal.
     """
 
     def __init__(
         self, kernels: ModuleType, sources: list[Source], preset: Preset, seed: int, journal: Journal, work: Path,
-        workers: int, bad_rows: str, max_bad_rows: int, to_buckets: list[bool],
+        workers: int, bad_rows: str, max_bad_rows: int, to_buckets: list[bool], only: int | None = None,
     ):  # fmt: skip
         self._kernels, self._sources, self._preset, self._seed = kernels, sources, preset, seed
         self._journal, self._bad_rows, self._max_bad_rows = journal, bad_rows, max_bad_rows
-        self._workers, self.to_buckets = workers, to_buckets
+        self._workers, self.to_buckets, self._only = workers, to_buckets, only
         self.tallies = [Tally() for _ in sources]
         self.dictionary_bytes = 0
         self._keys = 0
@@ -110,7 +114,7 @@ class CountPass:
         waiting = [
             _read(self._kernels, source, day, slab_bytes, tally.end)
             for day, (source, tally) in enumerate(zip(self._sources, self.tallies, strict=True))
-            if tally.crc32 is None
+            if tally.crc32 is None and self._only in (None, day)
         ]
         at_once = max(1, int(self._workers / CORES_PER_READER))
         parsed = Reused()
@@ -211,7 +215,7 @@ class CountPass:
     def _drop_bad(self, slab: Slab, codes: np.ndarray, bar: tqdm) -> dict[str, int]:
         """Bad rows of the slab by reason. Raises BadRowError where there may be none, or not so many."""
         bad = np.flatnonzero(codes)
-        before = sum(tally.dropped[reason] for tally in self.tallies for reason in faults.REASONS.values())
+        before = sum(tally.bad_rows() for tally in self.tallies)
         dropped: Counter = Counter(faults.REASONS[int(code)] for code in codes[bad] // FAULT_STRIDE)
         for place, row in enumerate(bad.tolist()):
             where = f"{self._sources[slab.day].path}: row {self.tallies[slab.day].read + row + 1}"

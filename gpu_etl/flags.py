@@ -68,9 +68,13 @@ def _add_encode_flags(parser: argparse.ArgumentParser) -> None:
         help="stop at a bad row, or leave it out and count it (default: error)")  # fmt: skip
     add("--max-bad-rows", type=int, default=default.max_bad_rows, metavar="N",
         help="with --bad-rows skip: more bad rows than that are an error (default: 1000)")  # fmt: skip
-    add("--workers", type=int, default=default.workers, metavar="N", help="CPU threads (default: all cores)")
+    add("--threads", type=int, default=default.threads, metavar="N", help="CPU threads (default: all cores)")
+    add("--workers", type=int, default=default.workers, metavar="N",
+        help="spread the days over N processes of this machine, one GPU each with --device cuda")  # fmt: skip
+    add("--scheduler", default="", metavar="tcp://HOST:PORT",
+        help="spread the days over the workers of this Dask scheduler; all must see the same folders")  # fmt: skip
     add("--slab-bytes", type=int, default=default.slab_bytes, metavar="N",
-        help="text held at a time, a few times over; never changes the output (default: 16 MiB)")  # fmt: skip
+        help="text held at a time, a few times over; never changes the output (default: 8 MiB)")  # fmt: skip
     add("--device", default=default.device, choices=DEVICES, help="where rows are parsed and encoded")
 
 
@@ -102,6 +106,7 @@ def settings(args: argparse.Namespace) -> Settings:
     return Settings(
         preset=choose_preset(args.preset, **{rule: getattr(args, rule) for rule in RULES}),
         days=args.days, fractions=args.fractions, shuffle=args.shuffle, seed=args.seed, form=args.format,
-        bad_rows=args.bad_rows, max_bad_rows=args.max_bad_rows, device=args.device, workers=args.workers,
+        bad_rows=args.bad_rows, max_bad_rows=args.max_bad_rows, device=args.device, threads=args.threads,
+        workers=args.workers, scheduler=args.scheduler,
         slab_bytes=args.slab_bytes,
     )  # fmt: skip

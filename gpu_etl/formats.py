@@ -147,6 +147,27 @@ class SplitWriter:
         self.close()
 
 
+def write_at(
+    form: str, folder: Path, split: str, table_sizes: Sequence[int], row: int, records: np.ndarray
+) -> None:
+    """Write records int32 [n, 40] into the files of a split from row `row` on; the files exist. For several writers."""
+    for part in parts(form, split, table_sizes):
+        with open(Path(folder) / part.path, "r+b", buffering=0) as file:
+            file.seek(row * part.row_bytes)
+            view = memoryview(part.convert(records)).cast("B")
+            while view:
+                view = view[file.write(view) :]
+
+
+def allocate(form: str, folder: Path, split: str, table_sizes: Sequence[int], rows: int) -> None:
+    """Make the files of a split, of `rows` rows."""
+    for part in parts(form, split, table_sizes):
+        path = Path(folder) / part.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "wb") as file:
+            file.truncate(rows * part.row_bytes)
+
+
 def id_dtype(cardinality: int) -> np.dtype:
     """The smallest of int8, int16, int32 that holds cardinality - 1."""
     return next((dtype for dtype in ID_DTYPES if cardinality - 1 <= np.iinfo(dtype).max), ID_DTYPES[-1])

@@ -32,11 +32,13 @@ ASSUMED_TEXT_ROW_BYTES = 220
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that shapes the encoded bytes, and what does not: device, workers, slab_bytes, max_bad_rows.
+    """Everything that shapes the encoded bytes, and what does not: device, threads, workers, scheduler, slab_bytes,
+    max_bad_rows.
 
     days: cut the one input file into so many days; 0: every file is a day. fractions: shares of all rows that train,
     test and validate, in file order, instead of halving the last day. form: one of formats.FORMS. bad_rows: "error" or
-    "skip", up to max_bad_rows. workers: CPU threads, 0 for all cores.
+    "skip", up to max_bad_rows. threads: of the CPU, 0 for all cores. workers, scheduler: spread the days over so many
+    processes of this machine, or over those of a Dask scheduler (see cluster.py).
     """
 
     preset: Preset = PRESETS["count"]
@@ -48,7 +50,9 @@ class Settings:
     bad_rows: str = "error"
     max_bad_rows: int = 1000
     device: str = "auto"
+    threads: int = 0
     workers: int = 0
+    scheduler: str = ""
     slab_bytes: int = 8 << 20
 
     def check(self, inputs: int) -> None:
@@ -56,8 +60,13 @@ class Settings:
         self.preset.check()
         if self.slab_bytes < MIN_SLAB_BYTES:
             raise DataError(f"--slab-bytes: expected {MIN_SLAB_BYTES} or more, got {self.slab_bytes}")
-        if self.workers < 0:
-            raise DataError(f"--workers: expected 0 (all cores) or more, got {self.workers}")
+        if self.threads < 0 or self.workers < 0:
+            raise DataError(f"--threads, --workers: expected 0 or more, got {self.threads} and {self.workers}")
+        if self.on_cluster and (self.days or self.fractions):
+            raise DataError(
+                "--workers and --scheduler give each day file to one worker: not with --days or --fractions, where all "
+                "rows must be counted before it is known which of them train"
+            )
         if self.form not in formats.FORMS:
             raise DataError(f"--format: expected one of {', '.join(formats.FORMS)}, got {self.form!r}")
         if self.bad_rows not in BAD_ROWS or self.max_bad_rows < 0:
@@ -76,6 +85,17 @@ class Settings:
                 f"--days with --sample {self.preset.sample} --sample-last {self.preset.sample_last}: where the last "
                 "day of one file begins is not known before it was read; give both the same value"
             )
+
+    @property
+    def on_cluster(self) -> bool:
+        """Whether several processes share the work."""
+        return bool(self.workers or self.scheduler)
+
+    def to_buckets(self, days: int) -> list[bool]:
+        """Of each day, whether its rows go into the shuffle's buckets as they are read: whole days train, unless the
+        input is cut in another way; then both passes are needed to know which rows do."""
+        whole_days = self.shuffle and not self.days and not self.fractions
+        return [whole_days and day < days - 1 for day in range(days)]
 
     def shaping(self) -> dict:
         """The part that the manifest records."""
@@ -113,6 +133,7 @@ def _job(sources: list[Source], settings: Settings) -> dict:
         "settings": {name: value for name, value in settings.shaping().items() if name != "bad_rows"},
         "sources": [{"file": source.path.name, "bytes": source.size} for source in sources],
         "buckets": bucket_count(_guess_rows(sources, settings.preset)) if settings.shuffle else 0,
+        "cluster": settings.on_cluster,
     }
 
 
@@ -229,18 +250,34 @@ def _encode(
             encoding.run(split, begin, end, settings.shuffle and split == "train")
 
 
+def _run_on_cluster(
+    work: Path, out: Path, sources: list[Source], settings: Settings, job: dict, report: Report
+) -> manifest.Manifest:
+    """Both passes as tasks of several processes, and the final names."""
+    from gpu_etl.cluster import Cluster  # Dask: a second that other runs need not wait for
+
+    with Cluster(sources, settings, work, job["buckets"]) as cluster:
+        with report.stage("count"):
+            tallies = cluster.count()
+        with report.stage("vocabulary"):
+            table_sizes, report.distinct = cluster.number()
+        ranges = _ranges(tallies, settings)
+        with report.stage("encode"):
+            files = cluster.encode(ranges)
+    result = _describe(sources, tallies, ranges, table_sizes, files, settings)
+    _publish(work, out, result)
+    return result
+
+
 def _run(
     journal: Journal, work: Path, out: Path, sources: list[Source], settings: Settings, job: dict, report: Report
 ) -> manifest.Manifest:
     """Both passes, or what is left of them, and the final names."""
     kernels = backend.device(settings.device)
-    workers = kernels.set_threads(settings.workers)
-    # Whole days train, unless the input is cut in another way: then it takes both passes to know which rows do.
-    whole_days = settings.shuffle and not settings.days and not settings.fractions
-    to_buckets = [whole_days and day < len(sources) - 1 for day in range(len(sources))]
+    threads = kernels.set_threads(settings.threads)
     counting = CountPass(
-        kernels, sources, settings.preset, settings.seed, journal, work, workers, settings.bad_rows,
-        settings.max_bad_rows, to_buckets,
+        kernels, sources, settings.preset, settings.seed, journal, work, threads, settings.bad_rows,
+        settings.max_bad_rows, settings.to_buckets(len(sources)),
     )  # fmt: skip
     buckets = _buckets(settings, job, counting, journal, work)
     table_sizes = _count(counting, buckets, settings, journal, work, report)
@@ -304,8 +341,13 @@ def encode_days(inputs: list[Path], out: Path, settings: Settings) -> tuple[mani
         journal = Journal(work / JOURNAL)
         report.resumed = bool(journal.events)
         try:
-            result = _run(journal, work, out, sources, settings, job, report)
+            if settings.on_cluster:
+                result = _run_on_cluster(work, out, sources, settings, job, report)
+            else:
+                result = _run(journal, work, out, sources, settings, job, report)
         except DataError as error:
+            if settings.on_cluster:
+                raise  # tasks of other workers may still run; what they do is good for the next try
             if isinstance(error, BadRowError) and journal.all("slab"):
                 raise BadRowError(
                     f"{error}. The work done before that row is kept in {work}: the same command goes on from there "

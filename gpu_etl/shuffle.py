@@ -142,6 +142,14 @@ class Buckets:
             if begin < end:
                 append(file, numbered[begin:end])
 
+    def rows(self) -> list[int]:
+        """How many rows each bucket holds."""
+        return [path.stat().st_size // NUMBERED.itemsize for path in self._paths]
+
+    def read(self, bucket: int) -> np.ndarray:
+        """A bucket's rows, NUMBERED, as they came."""
+        return np.fromfile(self._paths[bucket], NUMBERED)
+
     def unordered(self) -> Iterator[np.ndarray]:
         """All rows (NUMBERED), in pieces and in any order."""
         for path in self._paths:

@@ -17,6 +17,7 @@ from gpu_etl.schema import COLUMNS, RECORD_BYTES, RECORD_DTYPE, SPARSE
 DAY_SHIFT = 40
 NUMBERED = np.dtype([("row", "<i8"), ("coded", RECORD_DTYPE, (COLUMNS,))])
 KEY = np.dtype("<i8")  # column << 32 | value
+KEYS = "keys"
 
 
 def first_number(day: int) -> int:
@@ -54,12 +55,9 @@ class Spill:
     """
 
     def __init__(self, folder: Path, kept: list[int], keys: int):
-        self._paths = [folder / f"rows_{day}" for day in range(len(kept))]
-        self._files = [
-            open_cut(path, rows * RECORD_BYTES) for path, rows in zip(self._paths, kept, strict=True)
-        ]
-        self._keys = folder / "keys"
-        self._key_file = open_cut(self._keys, keys * KEY.itemsize)
+        self._folder = folder
+        self._files = [open_cut(folder / f"rows_{day}", rows * RECORD_BYTES) for day, rows in enumerate(kept)]
+        self._key_file = open_cut(folder / KEYS, keys * KEY.itemsize)
 
     def add(self, day: int, coded: np.ndarray) -> None:
         """Append rows int32 [n, 40], C-contiguous, of a day. They are with the kernel on return."""
@@ -67,8 +65,14 @@ class Spill:
 
     def read(self, day: int, begin: int, end: int) -> np.ndarray:
         """Rows begin to end of a day, int32 [n, 40]."""
+        return self.rows_in(self._folder, day, begin, end)
+
+    @staticmethod
+    def rows_in(folder: Path, day: int, begin: int, end: int) -> np.ndarray:
+        """The same of a spill in `folder` that is not open."""
         count = (end - begin) * COLUMNS
-        return np.fromfile(self._paths[day], RECORD_DTYPE, count, offset=begin * RECORD_BYTES).reshape(-1, COLUMNS)
+        path = folder / f"rows_{day}"
+        return np.fromfile(path, RECORD_DTYPE, count, offset=begin * RECORD_BYTES).reshape(-1, COLUMNS)
 
     def add_keys(self, keys: list[np.ndarray]) -> int:
         """Append 26 arrays of new keys; returns how many they were together."""
@@ -78,7 +82,12 @@ class Spill:
 
     def keys(self) -> list[np.ndarray]:
         """26 arrays of keys, uint32, in the order in which they were added."""
-        keys = np.fromfile(self._keys, KEY)
+        return self.keys_in(self._folder)
+
+    @staticmethod
+    def keys_in(folder: Path) -> list[np.ndarray]:
+        """The same of a spill in `folder` that is not open."""
+        keys = np.fromfile(folder / KEYS, KEY)
         return [(keys[keys >> 32 == column] & 0xFFFFFFFF).astype(np.uint32) for column in range(SPARSE)]
 
     def close(self) -> None:

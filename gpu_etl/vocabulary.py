@@ -76,6 +76,15 @@ class Vocabulary:
             fill(table, begin, size - 1, keys, self.first_id + 1)
         return Lookup(table, base, slots - 1)
 
+    def ids(self, keys: list[np.ndarray], preset: Preset) -> tuple[np.ndarray, ...]:
+        """For each column the ids int32 [k + 1] of keys uint32 [k], behind that of a missing value (at 0): what build()
+        returns beside the vocabulary, of any dictionary's keys."""
+        lookup, found = self.lookup(), []
+        for c, column in enumerate(keys):
+            found.append(np.full(len(column) + 1, preset.rare_id, np.int32))
+            _find(lookup.table, lookup.base[c], lookup.mask[c], column, found[-1][1:])
+        return tuple(found)
+
     def save(self, folder: Path) -> None:
         """Write the id maps as FILE_NAME, arrays C1..C26 (keys in id order) and C1_counts..C26_counts."""
         arrays = {"first_id": np.array(self.first_id)}
@@ -102,6 +111,14 @@ def fill(table, base, mask, keys, first_payload):
     for i in range(len(keys)):
         key = np.int64(keys[i])
         table[rows.find_slot(table, base, mask, key)] = rows.make_entry(key, first_payload + i)
+
+
+@compiled
+def _find(table, base, mask, keys, ids):
+    for i in range(len(keys)):
+        payload = rows.entry_payload(table[rows.find_slot(table, base, mask, np.int64(keys[i]))])
+        if payload:
+            ids[i] = payload - 1
 
 
 def build(counts: Counts, preset: Preset) -> tuple[Vocabulary, tuple[np.ndarray, ...]]:

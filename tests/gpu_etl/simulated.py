@@ -156,7 +156,7 @@ def encode() -> None:
                 out = Path(folder) / f"{name}_{device}"
                 slab_bytes = 3000 if SIMULATED else 1 << 22
                 preset = choose_preset(name, **rules)
-                encode_days(days, out, Settings(preset=preset, device=device, slab_bytes=slab_bytes, workers=1, **more))
+                encode_days(days, out, Settings(preset=preset, device=device, slab_bytes=slab_bytes, threads=1, **more))
                 found.append({p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.iterdir())})
             assert found[0] == found[1], name
 

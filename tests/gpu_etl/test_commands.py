@@ -26,7 +26,7 @@ def test_synth_encode_verify(tmp_path, capsys):
 
 
 def test_flags_shape_the_data_set(day_files, tmp_path, capsys):
-    words = "--preset mlperf --max-index-range 50 --no-shuffle --seed 3 --workers 1 --slab-bytes 4096 --device cpu"
+    words = "--preset mlperf --max-index-range 50 --no-shuffle --seed 3 --threads 1 --slab-bytes 4096 --device cpu"
     assert main(["encode", *map(str, day_files), "--out", str(tmp_path), *words.split()]) == 0
     settings = json.loads((tmp_path / "manifest.json").read_text())["settings"]
     preset = settings.pop("preset")

@@ -69,7 +69,7 @@ def test_bytes_do_not_depend_on_slabs_or_threads(day_files, tmp_path, shuffle):
     found = []
     for i, (slab_bytes, workers) in enumerate([(1 << 24, 0), (2000, 1), (30_011, 2)]):
         out = tmp_path / str(i)
-        encode_days(day_files, out, Settings(shuffle=shuffle, slab_bytes=slab_bytes, workers=workers))
+        encode_days(day_files, out, Settings(shuffle=shuffle, slab_bytes=slab_bytes, threads=workers))
         found.append(digests(out))
     cpu.set_threads(0)
     assert found[0] == found[1] == found[2]
@@ -95,7 +95,7 @@ def test_bytes_do_not_depend_on_days_being_read_side_by_side(day_files, tmp_path
     days = []
     monkeypatch.setattr(counting.CountPass, "_end_day", lambda self, day, real=counting.CountPass._end_day: (
         days.append(day) or real(self, day)))  # fmt: skip
-    encode_days(day_files, tmp_path / "three", replace(settings, workers=1))
+    encode_days(day_files, tmp_path / "three", replace(settings, threads=1))
     assert days != sorted(days)
     assert digests(tmp_path / "one") == digests(tmp_path / "three")
 
@@ -237,7 +237,7 @@ def test_work_before_a_bad_row_is_kept_for_a_run_that_leaves_it_out(day_files, t
         (Settings(days=3), 2, "expected one file to cut"),
         (Settings(days=1), 1, "expected one file to cut"),
         (Settings(slab_bytes=10), 3, "--slab-bytes"),
-        (Settings(workers=-1), 3, "--workers"),
+        (Settings(threads=-1), 3, "--threads"),
         (Settings(device="abacus"), 3, "--device"),
     ],
 )
