@@ -10,11 +10,13 @@ from pathlib import Path
 from isal import igzip
 
 from bench.command import run
+from gpu_etl.backend import DEVICES
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of this benchmark."""
     parser.add_argument("--rows", type=int, default=1_000_000, metavar="N", help="synthetic rows (default: 1,000,000)")
+    parser.add_argument("--device", default="auto", choices=DEVICES, help="of our encode (default: auto)")
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of each, of which the median counts")
 
 
@@ -36,17 +38,18 @@ def measure(args: argparse.Namespace) -> dict:
     """
     with tempfile.TemporaryDirectory() as folder:
         text, packed = f"{folder}/text", f"{folder}/gzip"
+        device = "--device", args.device
         run("-m", "gpu_etl", "synth", "--out", text, "--rows", args.rows, "--no-gzip")
         run("-m", "gpu_etl", "synth", "--out", packed, "--rows", args.rows)
         days = [Path(text) / f"day_{day}" for day in range(3)]
         packed_days = [Path(packed) / f"day_{day}.gz" for day in range(3)]
-        run("-m", "gpu_etl", "encode", *days, "--out", f"{folder}/warm")  # compiles; the cache stays on disk
+        run("-m", "gpu_etl", "encode", *days, *device, "--out", f"{folder}/warm")  # compiles; the cache stays on disk
         runs = []
         for turn in range(args.repeat):  # in turns, so that a slow minute of a shared machine hits all alike
             out = f"{folder}/{turn}"
             runs.append((
-                run("-m", "gpu_etl", "encode", *days, "--out", f"{out}_text"),
-                run("-m", "gpu_etl", "encode", *packed_days, "--out", f"{out}_gzip"),
+                run("-m", "gpu_etl", "encode", *days, *device, "--out", f"{out}_text"),
+                run("-m", "gpu_etl", "encode", *packed_days, *device, "--out", f"{out}_gzip"),
                 run("-m", "bench.polars_peer", *days, "--out", f"{out}_polars.bin"),
                 _inflate_seconds(packed_days),
             ))  # fmt: skip
@@ -60,6 +63,7 @@ def measure(args: argparse.Namespace) -> dict:
         size = sum(path.stat().st_size for path in days)
     return {
         "rows": args.rows,
+        "device": args.device,
         "repeat": args.repeat,
         "stages": ours.result["stages"],
         "rows_per_second": round(args.rows / ours.seconds),
