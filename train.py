@@ -29,7 +29,7 @@ from gpu_etl.load.scores import ScoreWriter
 from gpu_etl.schema import split_file
 from model import checkpoint, flags, inference
 from model.config import ConfigError, ModelConfig, read_config
-from model.device import choose_device
+from model.device import choose_device, set_threads
 from model.dlrm import DLRM
 from model.engine import Trainer, fit, profile
 from model.keeper import Keeper
@@ -63,6 +63,7 @@ class Session:
 
     def __init__(self, args: argparse.Namespace):
         self.args, self.device = args, choose_device(args.device)
+        set_threads(args.threads)
         self.mlperf = MLPerfLog(args.mlperf_log) if args.mlperf_log and args.mode == "train" else None
         self.data, config = open_data(args)
         torch.manual_seed(args.seed)
@@ -107,7 +108,10 @@ def train(session: Session) -> dict:
     if args.ckpt:
         folder = checkpoint.find(args.ckpt)
         check_place(checkpoint.read_state(folder)["place"], place, folder)
-        best_auc = checkpoint.restore(folder, trainer)["best_auc"]
+        state = checkpoint.restore(folder, trainer)
+        best_auc = state["best_auc"]
+        if warning := set_threads(args.threads, state["threads"]):
+            say(f"warning: {warning}")
         say(f"going on from {folder}, step {trainer.steps:,}")
     if args.profile_steps:
         say(profile(trainer, loader, args.profile_steps, args.output_dir))
@@ -119,7 +123,7 @@ def train(session: Session) -> dict:
         session.mlperf.event("cache_clear", True)
         tests = session.data.splits.get("val", session.data.splits["test"]).rows
         session.mlperf.run(flags.mlperf_settings(args, trainer.schedule, rows, tests))
-    keeper = Keeper(flags.keep_options(args), trainer, {"place": place}, best_auc)
+    keeper = Keeper(flags.keep_options(args), trainer, {"place": place, "threads": torch.get_num_threads()}, best_auc)
     log = RunLog(args.log_dir, session.mlperf)
     progress = fit(trainer, loader, lambda: session.test("val"), flags.loop_options(args), keeper, log)
     if session.mlperf:

@@ -7,6 +7,7 @@ own range of the final files. The bytes are those of one process.
 
 import os
 import sys
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from gpu_etl.errors import BadRowError, DataError
 from gpu_etl.extract import Source
 from gpu_etl.journal import Journal
 from gpu_etl.schema import COLUMNS, RECORD_DTYPE, SPARSE, Preset
+from gpu_etl.settings import Settings
 from gpu_etl.shuffle import Buckets, keys_of
 from gpu_etl.spill import Spill
 from gpu_etl.vocabulary import ColumnCounts, Counts
@@ -50,7 +52,7 @@ def _load_counts(path: Path) -> Counts:
         ))  # fmt: skip
 
 
-def count_day(paths: list[Path], day: int, settings, work: Path, buckets: int) -> tuple[Tally, list[int]]:
+def count_day(paths: list[Path], day: int, settings: Settings, work: Path, buckets: int) -> tuple[Tally, list[int]]:
     """Task: the count pass over one day, in its folder. Returns its tally, and how many rows each bucket got."""
     part = _part(work, day)
     part.mkdir(exist_ok=True)
@@ -93,7 +95,7 @@ def _finisher(part: Path, device: str, _stamp: int):
         return backend.device(device).Finisher(tuple(arrays.values()))
 
 
-def _finish(day: int, coded: np.ndarray, shift: int, settings, work: Path) -> np.ndarray:
+def _finish(day: int, coded: np.ndarray, shift: int, settings: Settings, work: Path) -> np.ndarray:
     """Records of coded rows of one day, in their order."""
     part = _part(work, day)
     records = np.empty((len(coded), COLUMNS), RECORD_DTYPE)
@@ -103,8 +105,8 @@ def _finish(day: int, coded: np.ndarray, shift: int, settings, work: Path) -> np
 
 
 def encode_bucket(
-    bucket: int, row: int, days: list[int], buckets: int, shifts: np.ndarray, table_sizes: list[int], settings,
-    work: Path,
+    bucket: int, row: int, days: list[int], buckets: int, shifts: np.ndarray, table_sizes: list[int],
+    settings: Settings, work: Path,
 ) -> int:  # fmt: skip
     """Task: shuffle one bucket of all training days and write it from row `row` on. Returns its rows."""
     numbers, records = [np.empty(0, np.int64)], [np.empty((0, COLUMNS), RECORD_DTYPE)]
@@ -119,8 +121,8 @@ def encode_bucket(
 
 
 def encode_rows(
-    split: str, day: int, begin: int, end: int, row: int, shifts: np.ndarray, table_sizes: list[int], settings,
-    work: Path,
+    split: str, day: int, begin: int, end: int, row: int, shifts: np.ndarray, table_sizes: list[int],
+    settings: Settings, work: Path,
 ) -> int:  # fmt: skip
     """Task: write rows begin to end of a day into a split from row `row` on, in their order. Returns how many."""
     coded = Spill.rows_in(_part(work, day), day, begin, end)
@@ -139,8 +141,10 @@ def describe(name: str, work: Path) -> tuple[str, dict]:
 class Cluster:
     """Runs the tasks; for use in `with`. buckets: of the shuffle. Raises DataError where no scheduler answers."""
 
-    def __init__(self, sources: list[Source], settings, work: Path, buckets: int):
+    def __init__(self, sources: list[Source], settings: Settings, work: Path, buckets: int):
         self._paths = [source.path.resolve() for source in sources]
+        if settings.workers and not settings.threads:
+            settings = replace(settings, threads=max(1, (os.cpu_count() or 1) // settings.workers))
         self._settings, self._work, self._buckets = settings, work.resolve(), buckets
         self._local = None if settings.scheduler else _local_cluster(settings)
         try:
@@ -230,7 +234,7 @@ class Cluster:
         return found
 
 
-def _local_cluster(settings) -> LocalCluster:
+def _local_cluster(settings: Settings) -> LocalCluster:
     """Processes of this machine; with --device cuda one a GPU."""
     if settings.device == "cuda":
         try:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from gpu_etl import formats
 from gpu_etl.backend import DEVICES
-from gpu_etl.pipeline import BAD_ROWS, Settings
 from gpu_etl.schema import DENSE_RULES, LAST_DAY_RULES, ORDERS, PRESETS, choose_preset
+from gpu_etl.settings import BAD_ROWS, Settings
 
 ENCODE_HELP = """Encode raw days into a data set, in two passes and bounded memory.
 

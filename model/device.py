@@ -12,3 +12,15 @@ def choose_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no GPU; check `nvidia-smi` and the torch build, or --device cpu")
     return torch.device(name)
+
+
+def set_threads(wanted: int, before: int | None = None) -> str | None:
+    """Use `wanted` CPU threads; 0: as many as `before`, or torch's choice where that is None.
+
+    Returns words where the number differs from `before`: sums then go in another order, and their last bits differ.
+    """
+    if wanted or before:
+        torch.set_num_threads(wanted or before)
+    if before and wanted not in (0, before):
+        return f"{wanted} CPU threads, {before} before the checkpoint: the run will not end with quite the same bits"
+    return None

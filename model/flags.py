@@ -148,6 +148,10 @@ def _add_precision_flags(group) -> None:
     group.add_argument(
         "--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: the GPU where there is one (default)"
     )
+    group.add_argument(
+        "--threads", type=_count(0), default=0, metavar="N",
+        help="CPU threads of torch (default: torch's choice, or the checkpoint's: another number, other last bits)",
+    )  # fmt: skip
     group.add_argument("--amp", action=_Boolean, default=False, help="bfloat16 matrix products (default: false)")
     group.add_argument(
         "--fp16", action=_Boolean, default=None,

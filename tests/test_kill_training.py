@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import train
 from gpu_etl.pipeline import Settings, encode_days
@@ -18,6 +19,7 @@ FLAGS = [
     "--batch_size", "32", "--test_batch_size", "200", "--lr", "0.01", "--warmup_steps", "5", "--auc_threshold", "1",
     "--epochs", "2", "--save_freq", "4", "--keep", "2", "--test_freq", "9", "--optimizer", "adam",
     "--embedding_optimizer", "rowwise_adagrad", "--embedding_lr", "0.05", "--model_config", "criteo_kaggle_tiny",
+    "--threads", "2",
 ]  # fmt: skip
 
 # Runs train.py with its flags; at step POINT (or in the midst of writing checkpoint number -POINT) it signals itself.
@@ -47,6 +49,13 @@ def save_file(tensors, path):
 engine.Trainer.step, checkpoint.save_file = step, save_file
 sys.exit(train.main(words))
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +90,14 @@ def whole(folder, tmp_path_factory):
 def test_killed_and_started_again_ends_with_the_same_bits(folder, tmp_path, whole, point, capsys):
     done = killed(folder, tmp_path, point, signal.SIGKILL)
     assert done.returncode == -signal.SIGKILL, done.stderr
+    words = flags(folder, tmp_path)
     saved = [path for path in tmp_path.glob("step_*") if not path.name.endswith(".part")]
     assert bool(saved) == (point not in (2, -2))
-    assert train.main([*flags(folder, tmp_path), *(["--ckpt", str(tmp_path)] if saved else [])]) == 0
+    if saved:  # and with the checkpoint's number of threads, where none is asked for
+        position = words.index("--threads")
+        del words[position : position + 2]
+        torch.set_num_threads(1)
+    assert train.main([*words, *(["--ckpt", str(tmp_path)] if saved else [])]) == 0
     assert digests(tmp_path / "step_52") == whole
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_48", "step_52"]
 
@@ -136,3 +150,9 @@ def test_another_data_set_or_optimiser_is_refused(folder, day_files, tmp_path, c
         assert message in capsys.readouterr().err
     state = json.loads((tmp_path / "step_26" / "state.json").read_text())
     assert state["place"]["rows"] == 801
+
+
+def test_another_number_of_threads_is_told(folder, tmp_path, capsys):
+    assert train.main([*flags(folder, tmp_path), "--epochs", "1"]) == 0
+    assert train.main([*flags(folder, tmp_path), "--ckpt", str(tmp_path), "--threads", "1"]) == 0
+    assert "warning: 1 CPU threads, 2 before the checkpoint" in capsys.readouterr().err

@@ -22,6 +22,15 @@ from tests import reference
 ROWS = (3000, 500, 1200, 801)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def environment():
+    """Dask leaves OMP_NUM_THREADS=1 and more in the environment, for its workers; later tests' processes would inherit."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="module")
 def four_days(tmp_path_factory):
     folder = tmp_path_factory.mktemp("four")

@@ -1,0 +1,87 @@
+"""What an encode is asked to do."""
+
+from dataclasses import asdict, dataclass
+
+from gpu_etl import formats
+from gpu_etl.errors import DataError
+from gpu_etl.schema import PRESETS, Preset
+
+MIN_SLAB_BYTES = 1 << 10
+BAD_ROWS = ("error", "skip")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that shapes the encoded bytes, and what does not: device, threads, workers, scheduler, slab_bytes,
+    max_bad_rows.
+
+    days: cut the one input file into so many days; 0: every file is a day. fractions: shares of all rows that train,
+    test and validate, in file order, instead of halving the last day. form: one of formats.FORMS. bad_rows: "error" or
+    "skip", up to max_bad_rows. threads: of the CPU, 0 for all cores. workers, scheduler: spread the days over so many
+    processes of this machine, or over those of a Dask scheduler (see cluster.py).
+    """
+
+    preset: Preset = PRESETS["count"]
+    days: int = 0
+    fractions: tuple[float, ...] = ()
+    shuffle: bool = True
+    seed: int = 0
+    form: str = "records"
+    bad_rows: str = "error"
+    max_bad_rows: int = 1000
+    device: str = "auto"
+    threads: int = 0
+    workers: int = 0
+    scheduler: str = ""
+    slab_bytes: int = 8 << 20
+
+    def check(self, inputs: int) -> None:
+        """Raise DataError where a setting is out of range or does not fit the number of input files."""
+        self.preset.check()
+        if self.slab_bytes < MIN_SLAB_BYTES:
+            raise DataError(f"--slab-bytes: expected {MIN_SLAB_BYTES} or more, got {self.slab_bytes}")
+        if self.threads < 0 or self.workers < 0:
+            raise DataError(f"--threads, --workers: expected 0 or more, got {self.threads} and {self.workers}")
+        if self.on_cluster and (self.days or self.fractions):
+            raise DataError(
+                "--workers and --scheduler give each day file to one worker: not with --days or --fractions, where all "
+                "rows must be counted before it is known which of them train"
+            )
+        if self.form not in formats.FORMS:
+            raise DataError(f"--format: expected one of {', '.join(formats.FORMS)}, got {self.form!r}")
+        if self.bad_rows not in BAD_ROWS or self.max_bad_rows < 0:
+            raise DataError(f"--bad-rows: expected {' or '.join(BAD_ROWS)}, with --max-bad-rows 0 or more")
+        if self.days and (self.days < 2 or inputs != 1):
+            raise DataError(
+                f"--days {self.days} with {inputs} input files: expected one file to cut into 2 or more days"
+            )
+        shares = self.fractions
+        if shares and (len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-9):
+            raise DataError(f"--fractions {shares}: expected three shares (train, test, val) that add up to 1")
+        if self.fractions and self.days:
+            raise DataError("--fractions and --days: choose one")
+        if self.days and self.preset.sample != self.preset.sample_last:
+            raise DataError(
+                f"--days with --sample {self.preset.sample} --sample-last {self.preset.sample_last}: where the last "
+                "day of one file begins is not known before it was read; give both the same value"
+            )
+
+    @property
+    def on_cluster(self) -> bool:
+        """Whether several processes share the work."""
+        return bool(self.workers or self.scheduler)
+
+    def to_buckets(self, days: int) -> list[bool]:
+        """Of each day, whether its rows go into the shuffle's buckets as they are read: whole days train, unless the
+        input is cut in another way; then both passes are needed to know which rows do."""
+        whole_days = self.shuffle and not self.days and not self.fractions
+        return [whole_days and day < days - 1 for day in range(days)]
+
+    def shaping(self) -> dict:
+        """The part that the manifest records."""
+        return {
+            "preset": asdict(self.preset), "days": self.days, "fractions": list(self.fractions),
+            "shuffle": self.shuffle, "seed": self.seed, "format": self.form,
+            "integers": "log(x + 1)" if formats.FORMS[self.form].logged else "unlogged; loaders take log(x + 1)",
+            "bad_rows": self.bad_rows,
+        }  # fmt: skip
