@@ -24,7 +24,7 @@ ROWS = (3000, 500, 1200, 801)
 
 @pytest.fixture(scope="module", autouse=True)
 def environment():
-    """Dask leaves OMP_NUM_THREADS=1 and more in the environment, for its workers; later tests' processes would inherit."""
+    """Dask puts OMP_NUM_THREADS=1 and more into the environment, which processes of later tests would inherit."""
     before = dict(os.environ)
     yield
     os.environ.clear()
