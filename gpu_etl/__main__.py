@@ -42,6 +42,7 @@ def encode(args: argparse.Namespace) -> dict:
         "stages": report.seconds,
         "peak_bytes": report.peak_bytes,
         "dictionary_bytes": report.dictionary_bytes,
+        "device_bytes": report.device_bytes,
         "rows_per_second": round(read / seconds) if report.seconds else None,
     }
 

@@ -2,7 +2,7 @@
 
 from types import ModuleType
 
-from gpu_etl.errors import DataError
+from gpu_etl.errors import DataError, DeviceMemoryError
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -27,3 +27,11 @@ def device(name: str) -> ModuleType:
         ) from error
     cuda.require_gpu()
     return cuda
+
+
+def explain(error: Exception) -> Exception:
+    """The error itself, or, where the device's memory did not suffice, an error that says what to change."""
+    if "OUT_OF_MEMORY" in str(error).upper().replace(" ", "_"):
+        advice = "lower --slab-bytes, and give the same command again, or use --device cpu"
+        return DeviceMemoryError(f"--device cuda: its memory does not suffice ({error}); {advice}")
+    return error

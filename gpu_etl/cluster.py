@@ -58,6 +58,7 @@ def count_day(paths: list[Path], day: int, settings: Settings, work: Path, bucke
     part.mkdir(exist_ok=True)
     kernels = backend.device(settings.device)
     threads = kernels.set_threads(settings.threads)
+    kernels.set_memory_limit(settings.memory_limit)
     sources = [Source(path, path.stat().st_size) for path in paths]
     journal = Journal(part / "journal.jsonl")
     try:

@@ -11,6 +11,7 @@ import numpy as np
 
 from gpu_etl import rows
 from gpu_etl.dictionary import Dictionaries
+from gpu_etl.errors import DataError
 from gpu_etl.jit import compiled, compiled_parallel
 from gpu_etl.memory import Reused
 from gpu_etl.schema import COLUMNS, DENSE, FIRST_DENSE, FIRST_SPARSE, RECORD_DTYPE, SPARSE, Preset
@@ -19,7 +20,7 @@ from gpu_etl.vocabulary import Lookup
 
 __all__ = [
     "Dictionaries", "Finisher", "count_missing", "encode", "find_rows", "group", "integers", "keep_rows", "labels",
-    "parse", "rows_of", "set_threads", "smallest", "upload",
+    "parse", "peak_device_bytes", "rows_of", "set_memory_limit", "set_threads", "smallest", "upload",
 ]  # fmt: skip
 
 SHORT_ROW = 128  # bytes; where rows are shorter on average, they are found in a second try
@@ -35,6 +36,17 @@ def set_threads(workers: int) -> int:
     workers = min(workers or limit, limit)
     numba.set_num_threads(workers)
     return workers
+
+
+def set_memory_limit(limit: int) -> None:
+    """Raise DataError for a limit other than 0: it is for the memory of a GPU."""
+    if limit:
+        raise DataError(f"--memory-limit {limit}: only with --device cuda; the CPU's memory is bounded by --slab-bytes")
+
+
+def peak_device_bytes() -> int:
+    """The most device memory that was in use: none."""
+    return 0
 
 
 @compiled

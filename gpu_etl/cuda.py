@@ -12,7 +12,7 @@ from numba import cuda
 from gpu_etl import rows
 from gpu_etl.cpu import set_threads
 from gpu_etl.cuda_dictionary import Dictionaries
-from gpu_etl.cuda_launch import THREADS, blocks_for, download, upload_array
+from gpu_etl.cuda_launch import THREADS, blocks_for, budget, download, upload_array
 from gpu_etl.errors import DataError
 from gpu_etl.memory import Reused
 from gpu_etl.schema import COLUMNS, FIRST_DENSE, FIRST_SPARSE, RECORD_DTYPE, SPARSE
@@ -21,9 +21,12 @@ from gpu_etl.spill import NUMBERED
 
 __all__ = [
     "Dictionaries", "Finisher", "count_missing", "find_rows", "group", "integers", "keep_rows", "labels", "parse",
-    "require_gpu", "rows_of", "set_threads", "smallest", "upload",
+    "peak_device_bytes", "require_gpu", "rows_of", "set_memory_limit", "set_threads", "smallest", "upload",
 ]  # fmt: skip
 
+# Bytes per byte of a slab's text: the text, row ends, values, missing and faults; new slots when it is coded; places
+# and numbered rows when it is grouped. Rows have 200 bytes or more.
+SLAB_FACTOR = 4
 CHUNK_WORDS = 16  # of 8 bytes, of one thread in the newline scan
 
 
@@ -112,12 +115,23 @@ def parse(text: np.ndarray, ends: None, memory: Reused | None = None):
     """Parse a slab of text, uint8 [bytes] on the host. Returns values and missing on the device, faults on the host."""
     if not len(text):
         return *upload(np.empty((0, COLUMNS), np.uint32), np.empty(0, np.uint64)), np.empty(0, np.int32)
+    budget.take("a slab's buffers", SLAB_FACTOR * len(text))
     on_device = upload_array(text)
     ends = _rows_on_device(on_device, len(text), int(text[-1]))
     values = cuda.device_array((len(ends), COLUMNS), np.uint32, order="F")
     missing, faults = cuda.device_array(len(ends), np.uint64), cuda.device_array(len(ends), np.int32)
     _parse[blocks_for(len(ends)), THREADS](on_device, ends, values, missing, faults)
     return values, missing, download(faults)
+
+
+def set_memory_limit(limit: int) -> None:
+    """Hold the device memory that the functions here take under so many bytes, 0: no limit."""
+    budget.limit = limit
+
+
+def peak_device_bytes() -> int:
+    """The most device memory that was in use."""
+    return budget.peak
 
 
 def upload(values: np.ndarray, missing: np.ndarray):
@@ -273,6 +287,7 @@ class Finisher:
 
     def __init__(self, ids: tuple[np.ndarray, ...]):
         assert len(ids) == SPARSE
+        budget.take("ids", sum(column.nbytes for column in ids))
         self._ids = upload_array(np.concatenate(ids))
         self._base = upload_array(np.cumsum([0] + [len(column) for column in ids[:-1]]))
 

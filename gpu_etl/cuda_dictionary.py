@@ -8,7 +8,7 @@ import numpy as np
 from numba import cuda
 
 from gpu_etl import rows
-from gpu_etl.cuda_launch import THREADS, blocks_for, download, upload_array
+from gpu_etl.cuda_launch import THREADS, blocks_for, budget, download, upload_array
 from gpu_etl.schema import FIRST_SPARSE, SPARSE, Preset
 from gpu_etl.vocabulary import ColumnCounts, Counts
 
@@ -16,6 +16,7 @@ FIRST_SLOTS = 1 << 10
 PENDING = rows.INT32_MAX  # payload of a value that this slab brought, until it has its code
 HOT = 1024  # codes counted in shared memory first: popular values are met early, so their codes are small
 NEVER = np.iinfo(np.int64).max
+SLOT_BYTES = 8 + (4 + 8 + 8) // 2  # a slot, and for every second one a key, a count and a first row
 MAX_BLOCKS = 64  # a column; each goes through its share of the rows, so that its hot counts are added up once
 
 
@@ -120,6 +121,7 @@ class Dictionaries:
                 wanted[c] *= 2
         if (wanted == self._slots).all():
             return
+        budget.take("dictionaries", int(wanted.sum()) * SLOT_BYTES)
         if host_keys is None:
             host_keys, counts, firsts = self._download()
         else:

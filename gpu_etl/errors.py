@@ -7,3 +7,7 @@ class DataError(ValueError):
 
 class BadRowError(DataError):
     """A row that cannot be parsed. Rows before it may be kept, for a run that leaves it out."""
+
+
+class DeviceMemoryError(DataError):
+    """The GPU's memory, or the part of it that may be used, does not suffice. The work done so far is good."""

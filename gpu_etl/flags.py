@@ -75,7 +75,18 @@ def _add_encode_flags(parser: argparse.ArgumentParser) -> None:
         help="spread the days over the workers of this Dask scheduler; all must see the same folders")  # fmt: skip
     add("--slab-bytes", type=int, default=default.slab_bytes, metavar="N",
         help="text held at a time, a few times over; never changes the output (default: 8 MiB)")  # fmt: skip
+    add("--memory-limit", type=_size, default=0, metavar="SIZE",
+        help="with --device cuda: take no more device memory, as 40G or in bytes (default: no limit)")  # fmt: skip
     add("--device", default=default.device, choices=DEVICES, help="where rows are parsed and encoded")
+
+
+def _size(text: str) -> int:
+    units = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+    number, unit = (text[:-1], units[text[-1].upper()]) if text[-1:].upper() in units else (text, 1)
+    try:
+        return int(float(number) * unit)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a size like 40G, or a number of bytes, got {text!r}") from None
 
 
 def _add_rule_flags(group) -> None:
@@ -107,6 +118,6 @@ def settings(args: argparse.Namespace) -> Settings:
         preset=choose_preset(args.preset, **{rule: getattr(args, rule) for rule in RULES}),
         days=args.days, fractions=args.fractions, shuffle=args.shuffle, seed=args.seed, form=args.format,
         bad_rows=args.bad_rows, max_bad_rows=args.max_bad_rows, device=args.device, threads=args.threads,
-        workers=args.workers, scheduler=args.scheduler,
+        workers=args.workers, scheduler=args.scheduler, memory_limit=args.memory_limit,
         slab_bytes=args.slab_bytes,
     )  # fmt: skip

@@ -14,7 +14,7 @@ import numpy as np
 from gpu_etl import backend, formats, manifest, splits, vocabulary
 from gpu_etl.counting import CountPass, Tally
 from gpu_etl.encoding import EncodePass, day_shifts, scatter
-from gpu_etl.errors import BadRowError, DataError
+from gpu_etl.errors import BadRowError, DataError, DeviceMemoryError
 from gpu_etl.extract import Source, open_sources
 from gpu_etl.journal import Journal
 from gpu_etl.schema import FIRST_DENSE
@@ -27,11 +27,12 @@ JOURNAL, IDS = "journal.jsonl", "ids.npz"
 
 @dataclass
 class Report:
-    """What a run cost: seconds by stage (of this process only), peak memory in bytes and the dictionaries' part of it;
-    distinct values per column."""
+    """What a run cost: seconds by stage (of this process only), peak memory in bytes, of the host and of the device,
+    and the dictionaries' part of it; distinct values per column."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: int = 0
+    device_bytes: int = 0
     dictionary_bytes: int = 0
     distinct: list[int] = field(default_factory=list)
     resumed: bool = False
@@ -128,6 +129,7 @@ def _run(
     """Both passes, or what is left of them, and the final names."""
     kernels = backend.device(settings.device)
     threads = kernels.set_threads(settings.threads)
+    kernels.set_memory_limit(settings.memory_limit)
     counting = CountPass(
         kernels, sources, settings.preset, settings.seed, journal, work, threads, settings.bad_rows,
         settings.max_bad_rows, settings.to_buckets(len(sources)),
@@ -144,6 +146,7 @@ def _run(
         files = {name: entry for event in journal.all("split") for name, entry in event["files"].items()}
         files |= {name: manifest.describe_file(work / name) for name in (vocabulary.FILE_NAME, *extra)}
         journal.record(files=files)
+    report.device_bytes = kernels.peak_device_bytes()
     (files,) = journal.all("files")
     result = _describe(sources, counting.tallies, ranges, table_sizes, files, settings)
     publish(work, out, result)
@@ -192,6 +195,8 @@ def encode_days(inputs: list[Path], out: Path, settings: Settings) -> tuple[mani
         except DataError as error:
             if settings.on_cluster and any(work.glob("part_*")):
                 raise  # tasks of other workers may still run; what they do is good for the next try
+            if isinstance(error, DeviceMemoryError):
+                raise
             if isinstance(error, BadRowError) and journal.all("slab"):
                 raise BadRowError(
                     f"{error}. The work done before that row is kept in {work}: the same command goes on from there "
@@ -201,7 +206,9 @@ def encode_days(inputs: list[Path], out: Path, settings: Settings) -> tuple[mani
             if not existed and not any(out.iterdir()):
                 out.rmdir()
             raise
-        except OSError as error:
+        except Exception as error:
+            if not isinstance(error, OSError):
+                raise backend.explain(error) from error
             advice = "mend that, then give the same command again: it goes on where it was"
             raise OSError(error.errno, f"{error.strerror or error}; {advice}", error.filename or str(out)) from error
         finally:

@@ -22,7 +22,8 @@ def summary(made: Manifest, report: Report) -> str:
     ]
     lines += ["".join(cells[i : i + PER_LINE]) for i in range(0, len(cells), PER_LINE)]
     peak, dictionaries = report.peak_bytes / 1e6, report.dictionary_bytes / 1e6
-    lines.append(f"memory     {peak:,.0f} MB at the peak, {dictionaries:,.0f} MB of it dictionaries")
+    device = f"; {report.device_bytes / 1e6:,.0f} MB of the GPU's" if report.device_bytes else ""
+    lines.append(f"memory     {peak:,.0f} MB at the peak{device}, {dictionaries:,.0f} MB of it dictionaries")
     stages = "  ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items())
     lines.append(f"time       {stages}" + ("  (of the run that went on)" if report.resumed else ""))
     return "\n".join(lines)

@@ -13,12 +13,13 @@ BAD_ROWS = ("error", "skip")
 @dataclass(frozen=True)
 class Settings:
     """Everything that shapes the encoded bytes, and what does not: device, threads, workers, scheduler, slab_bytes,
-    max_bad_rows.
+    memory_limit, max_bad_rows.
 
     days: cut the one input file into so many days; 0: every file is a day. fractions: shares of all rows that train,
     test and validate, in file order, instead of halving the last day. form: one of formats.FORMS. bad_rows: "error" or
     "skip", up to max_bad_rows. threads: of the CPU, 0 for all cores. workers, scheduler: spread the days over so many
-    processes of this machine, or over those of a Dask scheduler (see cluster.py).
+    processes of this machine, or over those of a Dask scheduler (see cluster.py). memory_limit: bytes of
+    device memory, 0 for no limit.
     """
 
     preset: Preset = PRESETS["count"]
@@ -34,6 +35,7 @@ class Settings:
     workers: int = 0
     scheduler: str = ""
     slab_bytes: int = 8 << 20
+    memory_limit: int = 0
 
     def check(self, inputs: int) -> None:
         """Raise DataError where a setting is out of range or does not fit the number of input files."""

@@ -7,10 +7,12 @@ import hashlib
 import sys
 import tempfile
 import warnings
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pytest
 from numba import config
 
 from gpu_etl import cuda_launch
@@ -21,6 +23,7 @@ if SIMULATED:
     warnings.filterwarnings("ignore", "overflow encountered")  # uint64 wraps around, as it should
 
 from gpu_etl import cpu, cuda, cuda_dictionary  # noqa: E402 - after THREADS
+from gpu_etl.errors import DeviceMemoryError  # noqa: E402
 from gpu_etl.memory import Reused  # noqa: E402
 from gpu_etl.pipeline import Settings, encode_days  # noqa: E402
 from gpu_etl.schema import choose_preset  # noqa: E402
@@ -159,6 +162,24 @@ def encode() -> None:
                 encode_days(days, out, Settings(preset=preset, device=device, slab_bytes=slab_bytes, threads=1, **more))
                 found.append({p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.iterdir())})
             assert found[0] == found[1], name
+
+
+def memory_limit() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        days = [Path(folder) / f"day_{day}" for day in range(2)]
+        for day, path in enumerate(days):
+            path.write_bytes(reference.write_rows(seed=day, rows=ROWS // 3))
+        settings = Settings(preset=choose_preset("mlperf"), device="cuda", slab_bytes=3000 if SIMULATED else 1 << 22)
+        _, report = encode_days(days, Path(folder) / "whole", settings)
+        assert report.device_bytes > 4 * 3000
+        cuda_launch.budget.__init__()
+        with pytest.raises(DeviceMemoryError, match=r"--memory-limit \d+: .* take .* bytes of device memory"):
+            encode_days(days, Path(folder) / "held", replace(settings, memory_limit=report.device_bytes * 3 // 4))
+        cuda_launch.budget.__init__()
+        _, again = encode_days(days, Path(folder) / "held", replace(settings, memory_limit=report.device_bytes))
+        assert again.device_bytes <= report.device_bytes
+        for path in (Path(folder) / "whole").iterdir():
+            assert path.read_bytes() == (Path(folder) / "held" / path.name).read_bytes()
 
 
 if __name__ == "__main__":

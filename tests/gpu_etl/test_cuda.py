@@ -9,10 +9,11 @@ import sys
 
 import pytest
 
+from gpu_etl import cpu
 from gpu_etl.__main__ import main
 from tests.conftest import ROOT
 
-CASES = ["parse", "slab_functions", "dictionaries", "finish", "encode"]
+CASES = ["parse", "slab_functions", "dictionaries", "finish", "encode", "memory_limit"]
 
 COMPILE = """
 import sys
@@ -62,6 +63,31 @@ def test_no_kernel_spills_registers():
 @pytest.mark.parametrize("case", CASES)
 def test_on_the_gpu(case):
     assert "agrees" in run(["-m", "tests.gpu_etl.simulated", case])
+
+
+def test_memory_limits_are_for_gpus(day_files, tmp_path, capsys):
+    words = ["encode", *map(str, day_files), "--out", str(tmp_path / "set"), "--memory-limit"]
+    assert main([*words, "4G"]) == 1
+    assert "--memory-limit 4000000000: only with --device cuda" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*words, "much"])
+    assert "expected a size like 40G" in capsys.readouterr().err
+
+
+def test_a_device_without_memory_is_told_and_the_run_can_go_on(day_files, tmp_path, monkeypatch, capsys):
+    real, calls = cpu.parse, []
+
+    def parse(text, ends, memory):
+        calls.append(text)
+        if len(calls) == 3:
+            raise RuntimeError("[2] Call to cuMemAlloc results in CUDA_ERROR_OUT_OF_MEMORY")
+        return real(text, ends, memory)
+
+    monkeypatch.setattr(cpu, "parse", parse)
+    words = ["encode", *map(str, day_files), "--slab-bytes", "20000", "--out", str(tmp_path / "set")]
+    assert main(words) == 1
+    assert "its memory does not suffice" in (said := capsys.readouterr().err) and "lower --slab-bytes" in said
+    assert main(words) == 0 and json.loads(capsys.readouterr().out)["resumed"]
 
 
 def test_without_a_gpu_asking_for_one_is_an_error(day_files, tmp_path, capsys):
