@@ -5,7 +5,7 @@
     python train.py --model_config official_config --dataset DIR --lr 0.1 --warmup_steps 2750 --decay_end_lr 0 \\
         --decay_steps 27772 --decay_start_step 49315 --batch_size 2048 --epochs 5     (DeepSparkHub's recipe)
 
-    python train.py --dataset data/set --mode predict --ckpt runs --input day_23.gz --output scores.parquet
+    python train.py --mode predict --ckpt runs --input day_23.gz --output scores.parquet
 
 Tests on the validation split while it trains and on the test split at the end. Words and progress go to stderr; the
 last line of stdout is one JSON object. Exit status: 0; 1 after an error; 130 after Ctrl-C and 143 after SIGTERM, both
@@ -44,18 +44,40 @@ def say(text: str) -> None:
 
 
 def open_data(args: argparse.Namespace) -> tuple[DataSet, ModelConfig]:
-    """The data set and the model configuration that fits it; foreign data sets have all their ids checked here."""
-    config, path = read_config(args.model_config)
+    """The data set, and the model configuration that fits it: by the flags, or a trained model's by its checkpoint.
+
+    Ids of foreign data sets are all checked here.
+    """
     data = open_dataset(args.dataset, args.dataset_type)
+    if args.mode != "train":
+        config = trained_config(args)
+        check_ids(data, config)
+        return data, config
+    config, path = read_config(args.model_config)
     if data.manifest:
-        config = config.with_tables(data.manifest.table_sizes)
-    elif not config.hash_indices:
+        config, path = config.with_tables(data.manifest.table_sizes), "manifest.json"
+    check_ids(data, config)
+    say(f"model {args.model_config}; {sum(config.categorical_feature_sizes):,} embedding rows by {path}")
+    return data, config
+
+
+def trained_config(args: argparse.Namespace) -> ModelConfig:
+    """The configuration of --ckpt's model."""
+    args.ckpt = checkpoint.find(args.ckpt)
+    return ModelConfig.from_json(checkpoint.read_state(args.ckpt)["model"], str(args.ckpt))
+
+
+def check_ids(data: DataSet, config: ModelConfig) -> None:
+    """Raise DataError or ConfigError where the data set's ids are not those of the model."""
+    sizes = list(config.categorical_feature_sizes)
+    if data.manifest and data.manifest.table_sizes != sizes:
+        raise ConfigError(
+            f"{data.folder}: expected the data set that --ckpt was trained on, got one with other table sizes"
+        )
+    if not data.manifest and not config.hash_indices:
         rows = sum(source.rows for source in data.splits.values())
         with tqdm(total=rows, desc="check ids", unit="rows", unit_scale=True, file=sys.stderr, leave=False) as bar:
-            data.check_ids(config.categorical_feature_sizes, bar.update)
-    origin = "manifest.json" if data.manifest else path
-    say(f"model {path}; {sum(config.categorical_feature_sizes):,} embedding rows by {origin}")
-    return data, config
+            data.check_ids(sizes, bar.update)
 
 
 class Session:
@@ -123,7 +145,8 @@ def train(session: Session) -> dict:
         session.mlperf.event("cache_clear", True)
         tests = session.data.splits.get("val", session.data.splits["test"]).rows
         session.mlperf.run(flags.mlperf_settings(args, trainer.schedule, rows, tests))
-    keeper = Keeper(flags.keep_options(args), trainer, {"place": place, "threads": torch.get_num_threads()}, best_auc)
+    state = {"dataset": str(args.dataset.resolve()), "place": place, "threads": torch.get_num_threads()}
+    keeper = Keeper(flags.keep_options(args), trainer, state, best_auc)
     log = RunLog(args.log_dir, session.mlperf)
     progress = fit(trainer, loader, lambda: session.test("val"), flags.loop_options(args), keeper, log)
     if session.mlperf:
@@ -159,7 +182,9 @@ def predict(session: Session) -> dict:
     args = session.args
     source = args.input or args.dataset
     if source.is_dir():
-        loader = CpuLoader(open_dataset(source).splits["test"], args.test_batch_size, session.device)
+        data = open_dataset(source, "auto")
+        check_ids(data, session.trainer.model.config)
+        loader = CpuLoader(data.splits["test"], args.test_batch_size, session.device)
         batches, labelled = loader.batches(), True
     else:
         day = RawDay(args.dataset, source)
@@ -195,11 +220,13 @@ def export(session: Session) -> dict:
 def run(args: argparse.Namespace) -> dict:
     """Do what --mode says; returns the results."""
     flags.check(args)
+    if not args.dataset:
+        args.dataset = Path(checkpoint.read_state(checkpoint.find(args.ckpt))["dataset"])
     session = Session(args)
     result = {"command": "train", "mode": args.mode, "dataset": str(args.dataset), "device": str(session.device)}
     if args.mode == "train":
         return {**result, **train(session)}
-    checkpoint.load(checkpoint.find(args.ckpt), session.trainer.model)
+    checkpoint.load(args.ckpt, session.trainer.model)
     if args.mode == "test":
         return {**result, "test": asdict(session.test("test"))}
     modes = {"predict": predict, "inference_benchmark": inference_benchmark, "export": export}
@@ -216,7 +243,10 @@ class StoppedError(Exception):
 
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and run; returns the exit status."""
-    args = flags.build_parser(__doc__).parse_args(argv)
+    parser = flags.build_parser(__doc__)
+    args = parser.parse_args(argv)
+    if not args.dataset and not args.ckpt:
+        parser.error("--dataset DIR: expected the data set to train on")
     try:
         print(json.dumps(run(args)))
     except (DataError, ConfigError) as error:

@@ -93,7 +93,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 
 def _add_data_flags(group) -> None:
     group.add_argument(
-        "--dataset", type=Path, required=True, metavar="DIR", help="data set made by `python -m gpu_etl encode`"
+        "--dataset", type=Path, metavar="DIR",
+        help="data set made by `python -m gpu_etl encode` (default: the one that --ckpt was trained on)",
     )
     group.add_argument(
         "--model_config", default="official_config", metavar="NAME|FILE",

@@ -100,6 +100,22 @@ def test_raw_rows_take_the_presets_rules(day_files, tmp_path, capsys, preset):
     np.testing.assert_allclose(pq.read_table(tmp_path / "s.parquet")["score"], expected, rtol=1e-5)
 
 
+def test_the_checkpoint_knows_its_model_and_data_set(trained, day_files, tmp_path, capsys):
+    folder, checkpoint = trained
+    output = tmp_path / "s.parquet"
+    assert run(capsys, "--mode", "predict", "--ckpt", checkpoint, "--input", day_files[2], "--output", output)[0] == 0
+    expected = np.concatenate([split_scores(folder, checkpoint, split) for split in ("test", "val")])
+    np.testing.assert_allclose(pq.read_table(output)["score"], expected, rtol=1e-5)
+    status, result, _ = run(capsys, "--mode", "test", "--ckpt", checkpoint)
+    assert status == 0 and result["dataset"] == str(folder)
+    encode_days(day_files, tmp_path / "other", Settings(preset=PRESETS["mlperf"]))
+    predict = ["--mode", "predict", "--input", tmp_path / "other", "--output", tmp_path / "x.parquet"]
+    for words in (["--mode", "test", "--dataset", tmp_path / "other"], predict):
+        status, _, said = run(capsys, *words, "--ckpt", checkpoint)
+        assert status == 1 and "expected the data set that --ckpt was trained on" in said
+    assert not (tmp_path / "x.parquet").exists()
+
+
 def test_errors_of_predict_leave_nothing(trained, day_files, tmp_path, capsys):
     folder, checkpoint = trained
     bad = tmp_path / "bad"
