@@ -44,3 +44,10 @@ def batch_ranges(rows: int, batch_size: int, shuffle: bool, seed: int, epoch: in
     full = rows // batch_size
     epoch_seed = int(row_keys(seed, epoch, 1)[0])
     return [ranges[i] for i in np.argsort(row_keys(epoch_seed, 0, full))] + ranges[full:]
+
+
+def rank_range(begin: int, end: int, rank: int, world: int) -> tuple[int, int]:
+    """The rows of a global batch begin to end that are `rank`'s of `world`: consecutive, and as many as any other's or
+    one fewer or more; none where there are more ranks than rows."""
+    rows = end - begin
+    return begin + rows * rank // world, begin + rows * (rank + 1) // world
