@@ -1,149 +1,51 @@
-"""Both passes over several processes, as Dask tasks: a day is counted by one, a bucket or a run of rows encoded by one.
+"""Both passes over several processes, as Dask tasks: a part of the days is counted by one, a range of rows encoded.
 
-All workers see the same folders. A day's part of the work lies in a folder of its own, with a journal, so the task of
-a worker that died goes on elsewhere where it was. Counts are merged as a tree; each task of the encode pass writes its
-own range of the final files. The bytes are those of one process.
+All workers see the same folders. A part's work lies in a folder of its own, with a journal, so the task of a worker
+that died goes on elsewhere where it was. Counts are merged as a tree; each task of the encode pass writes its own range
+of the final files, whose checksums are taken meanwhile. The bytes are those of one process.
 """
 
 import os
 import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 from dask.distributed import Client, LocalCluster, as_completed
 from tqdm import tqdm
 
-from gpu_etl import backend, formats, manifest, vocabulary
-from gpu_etl.counting import CountPass, Tally
-from gpu_etl.encoding import day_shifts
+from gpu_etl import formats, manifest, parts, shared_files, vocabulary
+from gpu_etl.cluster_tasks import (
+    COUNTS,
+    Days,
+    count_part,
+    encode_bucket,
+    encode_rows,
+    load_counts,
+    merge_counts,
+    number_part,
+)
+from gpu_etl.encoding import day_shifts, pieces
 from gpu_etl.errors import BadRowError, DataError
 from gpu_etl.extract import Source
-from gpu_etl.journal import Journal
-from gpu_etl.schema import COLUMNS, RECORD_DTYPE, SPARSE, Preset
+from gpu_etl.parts import Part
+from gpu_etl.prefetch import OneBehind
 from gpu_etl.settings import Settings
-from gpu_etl.shuffle import Buckets, keys_of
-from gpu_etl.spill import Spill
-from gpu_etl.vocabulary import ColumnCounts, Counts
+from gpu_etl.tally import Tally
 
-COUNTS, IDS = "counts.npz", "ids.npz"
-TASK_ROWS = 1 << 18
+TASK_ROWS = 1 << 17
 START_SECONDS = "60s"
-
-
-def _part(work: Path, day: int) -> Path:
-    return work / f"part_{day}"
-
-
-def _save_counts(path: Path, counts: Counts) -> None:
-    arrays = {}
-    for c, column in enumerate(counts.columns):
-        arrays |= {f"keys_{c}": column.keys, f"counts_{c}": column.counts, f"first_{c}": column.first_rows}
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part.npz")
-    np.savez(temporary, **arrays)
-    temporary.rename(path)
-
-
-def _load_counts(path: Path) -> Counts:
-    with np.load(path) as arrays:
-        return Counts(tuple(
-            ColumnCounts(arrays[f"keys_{c}"], arrays[f"counts_{c}"], arrays[f"first_{c}"]) for c in range(SPARSE)
-        ))  # fmt: skip
-
-
-def count_day(paths: list[Path], day: int, settings: Settings, work: Path, buckets: int) -> tuple[Tally, list[int]]:
-    """Task: the count pass over one day, in its folder. Returns its tally, and how many rows each bucket got."""
-    part = _part(work, day)
-    part.mkdir(exist_ok=True)
-    kernels = backend.device(settings.device)
-    threads = kernels.set_threads(settings.threads)
-    kernels.set_memory_limit(settings.memory_limit)
-    sources = [Source(path, path.stat().st_size) for path in paths]
-    journal = Journal(part / "journal.jsonl")
-    try:
-        counting = CountPass(
-            kernels, sources, settings.preset, settings.seed, journal, part, threads, settings.bad_rows,
-            settings.max_bad_rows, settings.to_buckets(len(paths)), only=day,
-        )  # fmt: skip
-        store = Buckets(part, buckets, settings.seed, counting.kept_in_buckets)
-        if not journal.all("counted"):
-            _save_counts(part / COUNTS, counting.run(settings.slab_bytes, store))
-            journal.record(counted=True)
-        store.close()
-        return counting.tallies[day], store.rows()
-    finally:
-        journal.close()
-
-
-def merge_counts(a: Path, b: Path, out: Path) -> Path:
-    """Task: the counts of two files, merged into a third."""
-    _save_counts(out, _load_counts(a).merge(_load_counts(b)))
-    return out
-
-
-def number_day(day: int, preset: Preset, work: Path) -> int:
-    """Task: the ids of one day's dictionary codes, by the vocabulary of all days."""
-    part = _part(work, day)
-    keys = Spill.keys_in(part)
-    np.savez(part / IDS, *vocabulary.Vocabulary.load(work).ids(keys, preset))
-    return day
-
-
-@lru_cache(maxsize=64)
-def _finisher(part: Path, device: str, _stamp: int):
-    with np.load(part / IDS) as arrays:
-        return backend.device(device).Finisher(tuple(arrays.values()))
-
-
-def _finish(day: int, coded: np.ndarray, shift: int, settings: Settings, work: Path) -> np.ndarray:
-    """Records of coded rows of one day, in their order."""
-    part = _part(work, day)
-    records = np.empty((len(coded), COLUMNS), RECORD_DTYPE)
-    finisher = _finisher(part, settings.device, (part / IDS).stat().st_mtime_ns)
-    finisher.finish(coded, np.arange(len(coded)), np.full(len(coded), shift), records)
-    return records
-
-
-def encode_bucket(
-    bucket: int, row: int, days: list[int], buckets: int, shifts: np.ndarray, table_sizes: list[int],
-    settings: Settings, work: Path,
-) -> int:  # fmt: skip
-    """Task: shuffle one bucket of all training days and write it from row `row` on. Returns its rows."""
-    numbers, records = [np.empty(0, np.int64)], [np.empty((0, COLUMNS), RECORD_DTYPE)]
-    for day in days:
-        numbered = Buckets(_part(work, day), buckets, settings.seed, None).read(bucket)
-        numbers.append(numbered["row"])
-        records.append(_finish(day, numbered["coded"], int(shifts[day]), settings, work))
-    numbers, records = np.concatenate(numbers), np.concatenate(records)
-    order = np.argsort(keys_of(settings.seed, numbers))
-    formats.write_at(settings.form, work, "train", table_sizes, row, records[order])
-    return len(records)
-
-
-def encode_rows(
-    split: str, day: int, begin: int, end: int, row: int, shifts: np.ndarray, table_sizes: list[int],
-    settings: Settings, work: Path,
-) -> int:  # fmt: skip
-    """Task: write rows begin to end of a day into a split from row `row` on, in their order. Returns how many."""
-    coded = Spill.rows_in(_part(work, day), day, begin, end)
-    records = _finish(day, coded, int(shifts[day]), settings, work)
-    formats.write_at(settings.form, work, split, table_sizes, row, records)
-    return len(records)
-
-
-def describe(name: str, work: Path) -> tuple[str, dict]:
-    """Task: an output file's entry in the manifest; it is on the disk then."""
-    with open(work / name, "rb") as file:
-        os.fsync(file.fileno())
-    return name, manifest.describe_file(work / name)
+Call = tuple[Callable, tuple]
 
 
 class Cluster:
     """Runs the tasks; for use in `with`. buckets: of the shuffle. Raises DataError where no scheduler answers."""
 
     def __init__(self, sources: list[Source], settings: Settings, work: Path, buckets: int):
-        self._paths = [source.path.resolve() for source in sources]
+        self._sources = [Source(source.path.resolve(), source.size) for source in sources]
         if settings.workers and not settings.threads:
             settings = replace(settings, threads=max(1, (os.cpu_count() or 1) // settings.workers))
         self._settings, self._work, self._buckets = settings, work.resolve(), buckets
@@ -162,77 +64,125 @@ class Cluster:
         if self._local is not None:
             self._local.close()
 
-    def _run(self, name: str, task, arguments: list[tuple]) -> list:
-        """Results of a task over lists of arguments, in order. The first error ends it all."""
-        futures = [self._client.submit(task, *some, pure=False) for some in arguments]
+    def _run(self, name: str, calls: list[Call], done: Callable[[int], None] = lambda place: None) -> list:
+        """Results of calls of tasks, in order; done(place) is told of each. The first error ends it all."""
+        futures = [self._client.submit(task, *arguments, pure=False) for task, arguments in calls]
+        places = {future.key: place for place, future in enumerate(futures)}
         with tqdm(total=len(futures), desc=name, unit="task", file=sys.stderr) as bar:
-            for done in as_completed(futures):
-                if done.status == "error":
-                    error = done.exception()
+            for future in as_completed(futures):
+                if future.status == "error":
+                    error = future.exception()
                     self._client.cancel(futures)
                     raise error
+                done(places[future.key])
                 bar.update()
         return self._client.gather(futures)
 
+    def _cut(self) -> list[Part]:
+        """The parts, with the numbers of their first rows, which take a look at all bytes before a part's."""
+        workers = self._settings.workers or len(self._client.scheduler_info(n_workers=-1)["workers"])
+        ranges = parts.cut(self._sources, self._settings, max(1, workers))
+        ahead = [
+            i for i, (day, _, _) in enumerate(ranges[:-1]) if ranges[i + 1][0] == day
+        ]  # the last part of a day is ahead of none
+        paths = [self._sources[day].path for day, _, _ in ranges]
+        calls = [(parts.count_rows, (paths[i], *ranges[i][1:])) for i in ahead]
+        rows = dict(zip(ahead, self._run("find rows", calls), strict=True)) if calls else {}
+        found: list[Part] = []
+        for number, (day, begin, end) in enumerate(ranges):
+            first = found[-1].first_row + rows[number - 1] if begin else 0
+            found.append(Part(number, day, begin, end, first))
+        parts.save(found, self._work)
+        return found
+
     def count(self) -> list[Tally]:
         """The count pass; returns a tally a day."""
+        self._parts = parts.load(self._work) or self._cut()
+        days: Days = [(source.path, source.size) for source in self._sources]
         common = self._settings, self._work, self._buckets
-        found = self._run("count", count_day, [(self._paths, day, *common) for day in range(len(self._paths))])
+        found = self._run("count", [(count_part, (days, part, *common)) for part in self._parts])
         self._tallies, self._bucket_rows = [tally for tally, _ in found], [rows for _, rows in found]
         limit = self._settings.max_bad_rows
         bad = sum(tally.bad_rows() for tally in self._tallies)
         if bad > limit:
             raise BadRowError(f"{bad} bad rows in all days, more than --max-bad-rows {limit}")
-        return self._tallies
+        self._days = parts.by_day(self._parts, self._tallies, len(days))
+        return self._days
 
     def number(self) -> tuple[list[int], list[int]]:
         """Merge the counts and give ids; returns the table sizes, and the distinct values a column."""
-        level = [_part(self._work, day) / COUNTS for day in range(len(self._paths))]
+        folders = [part.folder(self._work) for part in self._parts]
+        level = [folder / COUNTS for folder in folders]
         while len(level) > 1:
             pairs = list(zip(level[::2], level[1::2], strict=False))
             outs = [self._work / f"merged_{len(level)}_{i}.npz" for i in range(len(pairs))]
-            merged = self._run("merge", merge_counts, [(*pair, out) for pair, out in zip(pairs, outs, strict=True)])
-            level = merged + level[2 * len(pairs) :]
-        counts = _load_counts(level[0])
+            calls = [(merge_counts, (*pair, out)) for pair, out in zip(pairs, outs, strict=True)]
+            level = self._run("merge", calls) + level[2 * len(pairs) :]
+        counts = load_counts(level[0])
         words, _ = vocabulary.build(counts, self._settings.preset)
         words.save(self._work)
         self._table_sizes = words.table_sizes
-        days = [(day, self._settings.preset, self._work) for day in range(len(self._paths))]
-        self._run("number", number_day, days)
+        self._run("number", [(number_part, (folder, self._settings.preset, self._work)) for folder in folders])
         return words.table_sizes, [len(column.keys) for column in counts.columns]
 
     def encode(self, ranges: dict[str, tuple[int, int]]) -> dict[str, dict]:
         """The encode pass; returns the manifest's entries of the files."""
-        form, work = self._settings.form, self._work
-        for split, (begin, end) in ranges.items():
-            formats.allocate(form, work, split, self._table_sizes, end - begin)
-        shifts = day_shifts([tally.smallest for tally in self._tallies], self._settings.preset)
-        common = shifts, self._table_sizes, self._settings, work
-        inside = self._settings.to_buckets(len(self._paths))
-        training = [day for day, in_buckets in enumerate(inside) if in_buckets]
-        rows = np.sum([self._bucket_rows[day] for day in training], axis=0, dtype=np.int64) if training else []
-        begins = np.cumsum(rows) - rows if training else []
-        self._run("encode buckets", encode_bucket, [
-            (bucket, int(begin), training, self._buckets, *common) for bucket, begin in enumerate(begins)
-        ])  # fmt: skip
-        in_order = [split for split in ranges if split != "train" or not training]
-        pieces = [piece for split in in_order for piece in self._pieces(split, *ranges[split])]
-        self._run("encode rows", encode_rows, [(*piece, *common) for piece in pieces])
-        for name, text in formats.extra_files(form, self._table_sizes).items():
-            (work / name).write_text(text)
-        names = [name for split in ranges for name in formats.files(form, split)]
-        names += [vocabulary.FILE_NAME, *formats.extra_files(form, self._table_sizes)]
-        return dict(self._run("checksums", describe, [(name, work) for name in names]))
+        form, work, sizes = self._settings.form, self._work, self._table_sizes
+        self._shifts = day_shifts([tally.smallest for tally in self._days], self._settings.preset).tolist()
+        calls = {split: list(self._calls(split, *ranges[split])) for split in ranges}
+        with ExitStack() as opened:
+            sums = {}
+            for split, (begin, end) in ranges.items():
+                shared_files.allocate(form, work, split, sizes, end - begin)
+                sums[split] = opened.enter_context(shared_files.Sums(form, work, split, sizes))
+            with OneBehind() as summing:
+                front = _Front(calls, lambda split, row: summing.submit(sums[split].take, row))
+                self._run("encode", [call for some in calls.values() for call, _ in some], front.done)
+            files = {name: entry for split in ranges for name, entry in sums[split].described().items()}
+        names = vocabulary.FILE_NAME, *formats.write_extra_files(form, work, sizes)
+        return files | {name: manifest.describe_file(work / name) for name in names}
 
-    def _pieces(self, split: str, begin: int, end: int) -> list[tuple[str, int, int, int, int]]:
-        """(split, day, begin, end, row in the split) of the rows begin to end of all days, TASK_ROWS at a time."""
-        found, first = [], 0
-        for day, tally in enumerate(self._tallies):
-            for start in range(max(begin - first, 0), min(end - first, tally.kept), TASK_ROWS):
-                stop = min(start + TASK_ROWS, end - first, tally.kept)
-                found.append((split, day, start, stop, first + start - begin))
-            first += tally.kept
-        return found
+    def _calls(self, split: str, begin: int, end: int) -> Iterator[tuple[Call, int]]:
+        """What writes the rows begin to end of all days into a split, in the order of its rows: calls, and the row of
+        the split behind each."""
+        common = self._table_sizes, self._settings, self._work
+        inside = self._settings.to_buckets(len(self._sources))
+        if split == "train" and any(inside):
+            training = [part for part in self._parts if inside[part.day]]
+            folders = [(part.folder(self._work), self._shifts[part.day]) for part in training]
+            rows = np.sum([self._bucket_rows[part.number] for part in training], axis=0, dtype=np.int64)
+            for bucket, (row, count) in enumerate(zip(np.cumsum(rows) - rows, rows, strict=True)):
+                arguments = split, int(row), bucket, self._buckets, folders, *common
+                yield (encode_bucket, arguments), int(row + count)
+            return
+        for piece in pieces([tally.kept for tally in self._tallies], begin, end, TASK_ROWS):
+            part = self._parts[piece.day]
+            arguments = split, piece.row, piece.begin, piece.end, part, self._shifts[part.day], *common
+            yield (encode_rows, arguments), piece.row + piece.end - piece.begin
+
+
+class _Front:
+    """How far the rows of each split are written from the front on, where calls end in any order.
+
+    calls: of each split, in the order of its rows, with the row behind each; advanced(split, row): called when the rows
+    before `row` are all written.
+    """
+
+    def __init__(self, calls: dict[str, list[tuple[Call, int]]], advanced: Callable[[str, int], None]):
+        self._advanced, self._done = advanced, set()
+        self._splits = [split for split, some in calls.items() for _ in some]
+        places = iter(range(len(self._splits)))
+        self._waiting = {split: deque((next(places), end) for _, end in some) for split, some in calls.items()}
+
+    def done(self, place: int) -> None:
+        """The call at this place of all is done."""
+        self._done.add(place)
+        split, row = self._splits[place], None
+        waiting = self._waiting[split]
+        while waiting and waiting[0][0] in self._done:
+            row = waiting.popleft()[1]
+        if row is not None:
+            self._advanced(split, row)
 
 
 def _local_cluster(settings: Settings) -> LocalCluster:
@@ -244,4 +194,3 @@ def _local_cluster(settings: Settings) -> LocalCluster:
             raise DataError(f"--workers with --device cuda: {error}; pip install dask-cuda") from error
         return LocalCUDACluster(n_workers=settings.workers, silence_logs=50)
     return LocalCluster(n_workers=settings.workers, threads_per_worker=1, silence_logs=50)
-

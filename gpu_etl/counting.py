@@ -3,8 +3,7 @@
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -16,50 +15,18 @@ from gpu_etl.errors import BadRowError
 from gpu_etl.extract import Slab, Source, read_day
 from gpu_etl.journal import Journal
 from gpu_etl.memory import Reused
-from gpu_etl.prefetch import side_by_side
+from gpu_etl.prefetch import OneBehind, side_by_side
 from gpu_etl.rows import FAULT_STRIDE, INT32_MAX
 from gpu_etl.sampling import dropped_rows
-from gpu_etl.schema import COLUMNS, Preset
+from gpu_etl.schema import Preset
 from gpu_etl.shuffle import Buckets
 from gpu_etl.spill import Spill, first_number
+from gpu_etl.tally import Tally
 
 SHOWN_BAD_ROWS = 5
 RECOUNT_ROWS = 1 << 15
 CORES_PER_READER = 4  # a core inflates about four times as fast as it parses, codes and stores
 CODING = {"clamp": (0, 0), "plus2": (2, 0)}  # preset.dense -> shift, empty_value; "min" waits for the day's smallest
-
-
-@dataclass
-class Tally:
-    """What is known of a day file so far: rows read and kept, how many went and why, the place behind the last slab; of
-    the rows kept: those with label 1, those with each of the 40 columns missing, and the smallest integer (missing ones
-    counting as 0); and, once the file was read to its end, the CRC-32 of its bytes."""
-
-    read: int = 0
-    kept: int = 0
-    end: int = 0
-    clicks: int = 0
-    missing: np.ndarray = field(default_factory=lambda: np.zeros(COLUMNS, np.int64))
-    smallest: int = INT32_MAX
-    dropped: Counter = field(default_factory=Counter)
-    crc32: str | None = None
-
-    def add(
-        self, read: int, kept: int, end: int, clicks: int, missing: list[int], smallest: int, dropped: dict
-    ) -> None:
-        """Take in a slab's event."""
-        self.read, self.kept, self.end = self.read + read, self.kept + kept, end
-        self.clicks, self.missing = self.clicks + clicks, self.missing + missing
-        self.smallest = min(self.smallest, smallest)
-        self.dropped.update(dropped)
-
-    def bad_rows(self) -> int:
-        """Rows left out because they could not be parsed."""
-        return sum(self.dropped[reason] for reason in faults.REASONS.values())
-
-    def reasons(self) -> dict[str, int]:
-        """Rows that went, by reason, without the reasons that did not occur."""
-        return {reason: count for reason, count in sorted(self.dropped.items()) if count}
 
 
 @dataclass(frozen=True)
@@ -81,16 +48,18 @@ class CountPass:
     bad_rows: "error" or "skip", up to max_bad_rows of them.
 
     to_buckets: of each day, whether its rows go into the shuffle's buckets, rather than into a file of its own. only:
-    the one day to read, None for all. What an earlier run has done is read from the journal.
+    the one day to read, None for all; first_row: the number that its first row has in its day, where its source is a
+    part of one. What an earlier run has done is read from the journal.
     """
 
     def __init__(
         self, kernels: ModuleType, sources: list[Source], preset: Preset, seed: int, journal: Journal, work: Path,
         workers: int, bad_rows: str, max_bad_rows: int, to_buckets: list[bool], only: int | None = None,
+        first_row: int = 0,
     ):  # fmt: skip
         self._kernels, self._sources, self._preset, self._seed = kernels, sources, preset, seed
         self._journal, self._bad_rows, self._max_bad_rows = journal, bad_rows, max_bad_rows
-        self._workers, self.to_buckets, self._only = workers, to_buckets, only
+        self._workers, self.to_buckets, self._only, self._first_row = workers, to_buckets, only, first_row
         self.tallies = [Tally() for _ in sources]
         self.dictionary_bytes = 0
         self._keys = 0
@@ -119,26 +88,21 @@ class CountPass:
         at_once = max(1, int(self._workers / CORES_PER_READER))
         parsed = Reused()
         stored = Reused(), Reused()
-        written: Future | None = None
+        size = sum(source.size for source in self._sources)
         with (
-            tqdm(total=sum(s.size for s in self._sources), unit="B", unit_scale=True, desc="count ", file=sys.stderr)
-            as bar,
-            ThreadPoolExecutor(1) as pool,
-        ):  # fmt: skip
+            tqdm(total=size, unit="B", unit_scale=True, desc="count ", file=sys.stderr) as bar,
+            OneBehind() as storing,
+        ):
             for turn, item in enumerate(side_by_side(waiting, at_once, at_once)):
                 if isinstance(item, _DayEnd):
                     job = self._end_day(item.day)
                 else:
                     job = self._take(item, dictionaries, buckets, parsed, stored[turn % 2], bar)
-                if written is not None:
-                    written.result()
-                written = pool.submit(job)
+                storing.submit(job)
                 rate = (self.rows - rows_before) / max(bar.format_dict["elapsed"], 1e-3)
                 bar.set_postfix_str(f"{self.rows:,} rows, {rate:,.0f} rows/s", refresh=False)
                 done = sum(s.size if t.crc32 else s.read for s, t in zip(self._sources, self.tallies, strict=True))
                 bar.update(done - bar.n)
-            if written is not None:
-                written.result()
         self.spill.close()
         dictionaries.close()
         self.dictionary_bytes = dictionaries.nbytes
@@ -157,7 +121,8 @@ class CountPass:
         for day, (tally, inside) in enumerate(zip(self.tallies, self.to_buckets, strict=True)):
             for begin in range(0, 0 if inside else tally.kept, RECOUNT_ROWS):
                 coded = self.spill.read(day, begin, min(begin + RECOUNT_ROWS, tally.kept))
-                dictionaries.recount(coded, np.arange(begin, begin + len(coded)) + first_number(day))
+                numbers = np.arange(begin, begin + len(coded)) + first_number(day) + self._first_row
+                dictionaries.recount(coded, numbers)
         return dictionaries
 
     def _take(
@@ -185,7 +150,7 @@ class CountPass:
             kernels.integers(values, missing, *CODING[preset.dense])
         elif len(values):
             smallest = kernels.smallest(values)
-        first = first_number(slab.day) + tally.kept
+        first = first_number(slab.day) + self._first_row + tally.kept
         dictionaries.code(values, missing, first)
         event = {
             "read": read, "kept": len(values), "end": slab.end, "clicks": int(kernels.labels(values).sum()),
@@ -218,7 +183,7 @@ class CountPass:
         before = sum(tally.bad_rows() for tally in self.tallies)
         dropped: Counter = Counter(faults.REASONS[int(code)] for code in codes[bad] // FAULT_STRIDE)
         for place, row in enumerate(bad.tolist()):
-            where = f"{self._sources[slab.day].path}: row {self.tallies[slab.day].read + row + 1}"
+            where = f"{self._sources[slab.day].path}: row {self._first_row + self.tallies[slab.day].read + row + 1}"
             words = f"{where}: {slab.describe(row, codes[row])}"
             if self._bad_rows == "error":
                 raise BadRowError(f"{words}. Mend the file, or leave such rows out with --bad-rows skip")

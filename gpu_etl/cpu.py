@@ -186,12 +186,14 @@ class Finisher:
         self._ids = np.concatenate(ids)
         self._base = np.cumsum([0] + [len(column) for column in ids[:-1]])
 
-    def finish(self, coded: np.ndarray, order: np.ndarray, shifts: np.ndarray, records: np.ndarray) -> None:
-        """Write records int32 [m, 40]: rows order[0], order[1], ... (int64 [m]) of coded ones, int32 [n, 40].
+    def take(self, coded: np.ndarray, shifts: np.ndarray) -> None:
+        """The rows that the next calls of finish() are about: int32 [n, 40], and what is added to the integers of each,
+        int64 [n]."""
+        self._coded, self._shifts = coded, shifts
 
-        shifts int64 [n]: added to a row's integers.
-        """
-        _finish(coded, order, shifts, self._ids, self._base, records)
+    def finish(self, order: np.ndarray, records: np.ndarray) -> None:
+        """Write records int32 [m, 40]: of the rows order[0], order[1], ... (int64 [m])."""
+        _finish(self._coded, order, self._shifts, self._ids, self._base, records)
 
 
 @compiled_parallel

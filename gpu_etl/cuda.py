@@ -291,12 +291,15 @@ class Finisher:
         self._ids = upload_array(np.concatenate(ids))
         self._base = upload_array(np.cumsum([0] + [len(column) for column in ids[:-1]]))
 
-    def finish(self, coded: np.ndarray, order: np.ndarray, shifts: np.ndarray, records: np.ndarray) -> None:
+    def take(self, coded: np.ndarray, shifts: np.ndarray) -> None:
+        """See cpu.Finisher: the rows go to the device once for all calls of finish()."""
+        self._coded, self._shifts = upload_array(np.ascontiguousarray(coded)), upload_array(shifts)
+
+    def finish(self, order: np.ndarray, records: np.ndarray) -> None:
         """Write records int32 [m, 40] on the host: see cpu.Finisher."""
         if len(order):
-            on_device = upload_array(np.ascontiguousarray(coded))
             found = cuda.device_array(records.shape, RECORD_DTYPE)
             _finish[(math.ceil(len(order) / THREADS), COLUMNS), THREADS](
-                on_device, upload_array(order), upload_array(shifts), self._ids, self._base, found
+                self._coded, upload_array(order), self._shifts, self._ids, self._base, found
             )
             found.copy_to_host(records)

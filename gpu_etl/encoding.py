@@ -2,10 +2,9 @@
 
 import sys
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -13,7 +12,7 @@ from tqdm import tqdm
 from gpu_etl import formats
 from gpu_etl.journal import Journal
 from gpu_etl.memory import Reused
-from gpu_etl.prefetch import prefetch
+from gpu_etl.prefetch import OneBehind, prefetch
 from gpu_etl.rows import INT32_MAX
 from gpu_etl.schema import COLUMNS, RECORD_DTYPE, Preset
 from gpu_etl.shuffle import Buckets, group
@@ -29,21 +28,21 @@ def day_shifts(smallest: list[int], preset: Preset) -> np.ndarray:
     return np.zeros(len(smallest), np.int64)
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """Rows begin to end of a day."""
+class Piece(NamedTuple):
+    """Rows begin to end of a day (or of a part of one); row: the place of the first among the rows asked for."""
 
     day: int
     begin: int
     end: int
+    row: int
 
 
-def _pieces(day_rows: list[int], begin: int, end: int) -> Iterator[_Piece]:
-    """The rows begin to end of all days in file order, ENCODE_ROWS at a time or less, cut where a day ends."""
+def pieces(day_rows: list[int], begin: int, end: int, most: int) -> Iterator[Piece]:
+    """The rows begin to end of all days in file order, at most `most` at a time, cut where a day ends."""
     first = 0
     for day, rows in enumerate(day_rows):
-        for start in range(max(begin - first, 0), min(end - first, rows), ENCODE_ROWS):
-            yield _Piece(day, start, min(start + ENCODE_ROWS, end - first, rows))
+        for start in range(max(begin - first, 0), min(end - first, rows), most):
+            yield Piece(day, start, min(start + most, end - first, rows), first + start - begin)
         first += rows
 
 
@@ -68,69 +67,55 @@ class EncodePass:
 
         Afterwards the journal has an event "split" with the files' sizes and checksums.
         """
-        with (
-            tqdm(total=end - begin, unit="rows", unit_scale=True, desc=f"encode {split:5}", file=sys.stderr) as bar,
-            ThreadPoolExecutor(1) as pool,
-        ):
-            if shuffled:
-                files = self._write_shuffled(split, pool, bar)
-            else:
-                files = self._write_in_order(split, begin, end, pool, bar)
+        with tqdm(total=end - begin, unit="rows", unit_scale=True, desc=f"encode {split:5}", file=sys.stderr) as bar:
+            files = self._write_shuffled(split, bar) if shuffled else self._write_in_order(split, begin, end, bar)
         self._journal.record(split={"name": split, "files": files})
 
-    def _write_in_order(self, split: str, begin: int, end: int, pool: ThreadPoolExecutor, bar: tqdm) -> dict:
+    def _write_in_order(self, split: str, begin: int, end: int, bar: tqdm) -> dict:
         done = min(formats.rows_written(self._form, self._work, split, self._table_sizes), end - begin)
         bar.update(done)
         blocks = (
             (piece.day, self._spill.read(piece.day, piece.begin, piece.end))
-            for piece in _pieces(self._day_rows, begin + done, end)
+            for piece in pieces(self._day_rows, begin + done, end, ENCODE_ROWS)
         )
         with formats.SplitWriter(self._form, self._work, split, self._table_sizes, done) as writer:
-            written: Future | None = None
-            for day, coded in prefetch(blocks):
-                shifts = np.full(len(coded), self._shifts[day])
-                written = self._write(writer, coded, np.arange(len(coded)), shifts, pool, written, bar)
-            if written is not None:
-                written.result()
+            with OneBehind() as writing:
+                for day, coded in prefetch(blocks):
+                    self._finisher.take(coded, np.full(len(coded), self._shifts[day]))
+                    writing.submit(writer.write, self._finish(np.arange(len(coded)), bar))
             return writer.described()
 
-    def _write_shuffled(self, split: str, pool: ThreadPoolExecutor, bar: tqdm) -> dict:
+    def _write_shuffled(self, split: str, bar: tqdm) -> dict:
         gathered = self._journal.all("gathered")
         for bucket in range(len(gathered)):
             self._buckets.remove(bucket)
         done = sum(bucket["rows"] for bucket in gathered)
         bar.update(done)
+
+        def store(records: np.ndarray, bucket: int, rows: int | None) -> None:
+            """Write records; rows: of the whole bucket, where these are its last."""
+            writer.write(records)
+            if rows is not None:
+                self._journal.record(gathered={"bucket": bucket, "rows": rows})
+                self._buckets.remove(bucket)
+
         with formats.SplitWriter(self._form, self._work, split, self._table_sizes, done) as writer:
-            written: Future | None = None
-            for bucket, (numbered, order) in enumerate(self._buckets.ordered(len(gathered)), len(gathered)):
-                shifts = self._shifts[numbered["row"] >> DAY_SHIFT]
-                for start in range(0, len(order), ENCODE_ROWS):
-                    part = order[start : start + ENCODE_ROWS]
-                    written = self._write(writer, numbered["coded"], part, shifts, pool, written, bar)
-                written = pool.submit(self._end_bucket, bucket, len(order), written)
-            if written is not None:
-                written.result()
+            with OneBehind() as writing:
+                for bucket, (numbered, order) in enumerate(self._buckets.ordered(len(gathered)), len(gathered)):
+                    self._finisher.take(numbered["coded"], self._shifts[numbered["row"] >> DAY_SHIFT])
+                    for start in range(0, max(1, len(order)), ENCODE_ROWS):
+                        records = self._finish(order[start : start + ENCODE_ROWS], bar)
+                        last = start + ENCODE_ROWS >= len(order)
+                        writing.submit(store, records, bucket, len(order) if last else None)
             return writer.described()
 
-    def _write(
-        self, writer: formats.SplitWriter, coded: np.ndarray, order: np.ndarray, shifts: np.ndarray,
-        pool: ThreadPoolExecutor, written: Future | None, bar: tqdm,
-    ) -> Future:  # fmt: skip
-        """Finish some rows while the ones before are being written, and hand them to the writing thread."""
+    def _finish(self, order: np.ndarray, bar: tqdm) -> np.ndarray:
+        """Some records, in memory that is used again two calls later."""
         self._turn ^= 1
         records = self._memory[self._turn].empty((len(order), COLUMNS), RECORD_DTYPE)
-        self._finisher.finish(coded, order, shifts, records)
-        if written is not None:
-            written.result()
+        self._finisher.finish(order, records)
         bar.update(len(order))
-        return pool.submit(writer.write, records)
-
-    def _end_bucket(self, bucket: int, rows: int, written: Future | None) -> None:
-        """Note that a bucket's rows are all written, and delete it. `written`: the last of them."""
-        if written is not None:
-            written.result()
-        self._journal.record(gathered={"bucket": bucket, "rows": rows})
-        self._buckets.remove(bucket)
+        return records
 
 
 def scatter(
@@ -139,7 +124,7 @@ def scatter(
     """Bring the rows begin to end of all days from the spill into the buckets, from where an earlier run stopped."""
     memory = Reused()
     done = sum(event["rows"] for event in journal.all("scattered"))
-    for piece in _pieces(day_rows, begin + done, end):
+    for piece in pieces(day_rows, begin + done, end, ENCODE_ROWS):
         coded = spill.read(piece.day, piece.begin, piece.end)
         first = first_number(piece.day) + piece.begin
         buckets.add(*group(coded, first, buckets.seed, len(buckets), memory))

@@ -74,10 +74,12 @@ class TextSlab:
 
 @dataclass
 class Source:
-    """One day file: its size in bytes as stored, how many of them were read, and the CRC-32 of what was read."""
+    """One day file, or `size` bytes of a plain text one from `begin` on: how many bytes were read, and the CRC-32 of
+    what was read."""
 
     path: Path
     size: int
+    begin: int = 0
     read: int = 0
     crc32: int = 0
 
@@ -87,13 +89,15 @@ class ChecksummedFile(io.RawIOBase):
 
     def __init__(self, source: Source):
         self._file = open(source.path, "rb", buffering=0)  # noqa: SIM115 - closed in close()
-        self._source = source
+        self._file.seek(source.begin)
+        self._source, self._left = source, source.size
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer) -> int:
-        count = self._file.readinto(buffer)
+        count = self._file.readinto(memoryview(buffer)[: self._left])
+        self._left -= count
         self._source.crc32 = isal_zlib.crc32(memoryview(buffer)[:count], self._source.crc32)
         self._source.read += count
         return count
@@ -214,19 +218,28 @@ def _cut(stream, path: Path, day: int, slab_bytes: int, end: int) -> Iterator[Te
         yield TextSlab(day, end, buffer[: newline + 1], pool)
 
 
-def _read_text(source: Source, day: int, slab_bytes: int, skip: int, packing: str) -> Iterator[TextSlab]:
-    """Slabs of a day of text; packing: "gzip", "zstd" or "" (none)."""
+def _read_text(source: Source, day: int, slab_bytes: int, skip: int, kind: str) -> Iterator[TextSlab]:
+    """Slabs of a day of text; kind: "text", "gzip" or "zstd"."""
     stream = io.BufferedReader(ChecksummedFile(source), 1 << 20)
     try:
         text = stream
-        if packing:
-            text = igzip.IGzipFile(fileobj=stream) if packing == "gzip" else _ZstdFile(stream)
+        if kind != "text":
+            text = igzip.IGzipFile(fileobj=stream) if kind == "gzip" else _ZstdFile(stream)
         skip_bytes(text, skip)
         yield from _cut(text, source.path, day, slab_bytes, skip)
     except (EOFError, isal_zlib.error, igzip.BadGzipFile, zstandard.ZstdError) as error:
-        raise DataError(f"{source.path}: damaged or cut-off {packing} file ({error}); fetch it again") from error
+        raise DataError(f"{source.path}: damaged or cut-off {kind} file ({error}); fetch it again") from error
     finally:
         stream.close()
+
+
+def kind_of(path: Path) -> str:
+    """What a day file is by its first bytes: "text", "gzip", "zstd" or "parquet"."""
+    with open(path, "rb") as file:
+        magic = file.read(4)
+    if magic == PARQUET_MAGIC:
+        return "parquet"
+    return "gzip" if magic[:2] == GZIP_MAGIC else "zstd" if magic in ZSTD_MAGICS else "text"
 
 
 def read_day(source: Source, day: int, slab_bytes: int, skip: int = 0) -> Iterator[Slab]:
@@ -234,12 +247,10 @@ def read_day(source: Source, day: int, slab_bytes: int, skip: int = 0) -> Iterat
 
     Raises DataError where packed data are damaged or end early, and where a Parquet file has not the 40 columns.
     """
-    with open(source.path, "rb") as file:
-        magic = file.read(4)
-    if magic == PARQUET_MAGIC:
+    kind = kind_of(source.path)
+    if kind == "parquet":
         from gpu_etl.parquet import read_parquet  # here, as it needs this module, and text does without pyarrow
 
         yield from read_parquet(source, day, slab_bytes, skip)
     else:
-        packing = "gzip" if magic[:2] == GZIP_MAGIC else "zstd" if magic in ZSTD_MAGICS else ""
-        yield from _read_text(source, day, slab_bytes, skip, packing)
+        yield from _read_text(source, day, slab_bytes, skip, kind)

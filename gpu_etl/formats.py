@@ -87,9 +87,12 @@ def files(form: str, split: str) -> list[str]:
     return [part.path for part in parts(form, split, ANY_SIZES)]
 
 
-def extra_files(form: str, table_sizes: Sequence[int]) -> dict[str, str]:
-    """What lies beside the splits: relative path -> text."""
-    return FORMS[form].extra_files(table_sizes)
+def write_extra_files(form: str, folder: Path, table_sizes: Sequence[int]) -> list[str]:
+    """Write what lies beside the splits; returns the relative paths."""
+    texts = FORMS[form].extra_files(table_sizes)
+    for name, text in texts.items():
+        (Path(folder) / name).write_text(text)
+    return list(texts)
 
 
 def rows_written(form: str, folder: Path, split: str, table_sizes: Sequence[int]) -> int:
@@ -145,27 +148,6 @@ class SplitWriter:
 
     def __exit__(self, *error) -> None:
         self.close()
-
-
-def write_at(
-    form: str, folder: Path, split: str, table_sizes: Sequence[int], row: int, records: np.ndarray
-) -> None:
-    """Write records int32 [n, 40] into the files of a split from row `row` on; the files exist. For several writers."""
-    for part in parts(form, split, table_sizes):
-        with open(Path(folder) / part.path, "r+b", buffering=0) as file:
-            file.seek(row * part.row_bytes)
-            view = memoryview(part.convert(records)).cast("B")
-            while view:
-                view = view[file.write(view) :]
-
-
-def allocate(form: str, folder: Path, split: str, table_sizes: Sequence[int], rows: int) -> None:
-    """Make the files of a split, of `rows` rows."""
-    for part in parts(form, split, table_sizes):
-        path = Path(folder) / part.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "wb") as file:
-            file.truncate(rows * part.row_bytes)
 
 
 def id_dtype(cardinality: int) -> np.dtype:

@@ -12,7 +12,7 @@ from types import ModuleType
 import numpy as np
 
 from gpu_etl import backend, formats, manifest, splits, vocabulary
-from gpu_etl.counting import CountPass, Tally
+from gpu_etl.counting import CountPass
 from gpu_etl.encoding import EncodePass, day_shifts, scatter
 from gpu_etl.errors import BadRowError, DataError, DeviceMemoryError
 from gpu_etl.extract import Source, open_sources
@@ -20,6 +20,7 @@ from gpu_etl.journal import Journal
 from gpu_etl.schema import FIRST_DENSE
 from gpu_etl.settings import Settings
 from gpu_etl.shuffle import Buckets
+from gpu_etl.tally import Tally
 from gpu_etl.workfolder import WORK, describe_job, finished, prepare, publish
 
 JOURNAL, IDS = "journal.jsonl", "ids.npz"
@@ -140,11 +141,9 @@ def _run(
     if not journal.all("files"):
         with report.stage("encode"):
             _encode(kernels, counting, buckets, ranges, table_sizes, settings, journal, work)
-        extra = formats.extra_files(settings.form, table_sizes)
-        for name, text in extra.items():
-            (work / name).write_text(text)
+        names = vocabulary.FILE_NAME, *formats.write_extra_files(settings.form, work, table_sizes)
         files = {name: entry for event in journal.all("split") for name, entry in event["files"].items()}
-        files |= {name: manifest.describe_file(work / name) for name in (vocabulary.FILE_NAME, *extra)}
+        files |= {name: manifest.describe_file(work / name) for name in names}
         journal.record(files=files)
     report.device_bytes = kernels.peak_device_bytes()
     (files,) = journal.all("files")

@@ -1,8 +1,9 @@
-"""Make items ahead in threads (leaf)."""
+"""Make items ahead in threads, and put them away behind (leaf)."""
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 
 def prefetch(items: Iterator, depth: int = 2) -> Iterator:
@@ -66,3 +67,33 @@ def side_by_side(sources: list[Iterator], at_once: int, depth: int = 2) -> Itera
         stopped.set()
         for thread in threads:
             thread.join()
+
+
+class OneBehind:
+    """Runs jobs in a thread, in order, at most one behind its user; for use in `with`, which ends with the last job.
+
+    An error of a job is raised by the next submit(), or at the end.
+    """
+
+    def __init__(self):
+        self._pool = ThreadPoolExecutor(1)
+        self._running: Future | None = None
+
+    def submit(self, job: Callable, *arguments) -> None:
+        """Run a job, once the one before it is done."""
+        self._wait()
+        self._running = self._pool.submit(job, *arguments)
+
+    def _wait(self) -> None:
+        if self._running is not None:
+            self._running.result()
+
+    def __enter__(self) -> "OneBehind":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        try:
+            if kind is None:
+                self._wait()
+        finally:
+            self._pool.shutdown()

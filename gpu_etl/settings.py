@@ -73,6 +73,12 @@ class Settings:
         """Whether several processes share the work."""
         return bool(self.workers or self.scheduler)
 
+    @property
+    def keeps_all_rows(self) -> bool:
+        """Whether every row of the days comes into the data set."""
+        preset = self.preset
+        return preset.sample == preset.sample_last == 1 and not preset.drop_negatives and self.bad_rows == "error"
+
     def to_buckets(self, days: int) -> list[bool]:
         """Of each day, whether its rows go into the shuffle's buckets as they are read: whole days train, unless the
         input is cut in another way; then both passes are needed to know which rows do."""

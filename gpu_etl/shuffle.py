@@ -119,16 +119,17 @@ class Buckets:
     """Takes numbered rows in any order, gives them back in the order of their keys, a bucket at a time.
 
     kept: of each day, the rows that an earlier run has surely brought; later ones are dropped. None: all were brought,
-    and some buckets taken out again. Raises DataError where rows are missing.
+    and some buckets taken out again. first_row: of the rows that are brought of a day. Raises DataError where rows are
+    missing.
     """
 
-    def __init__(self, folder: Path, count: int, seed: int, kept: list[int] | None):
+    def __init__(self, folder: Path, count: int, seed: int, kept: list[int] | None, first_row: int = 0):
         self.seed = seed
         self._paths = [folder / f"bucket_{b}" for b in range(count)]
         if kept is None:
             self._files = []
             return
-        left = sum(_cut_back(path, np.array(kept)) for path in self._paths)
+        left = sum(_cut_back(path, np.array(kept) + first_row) for path in self._paths)
         if count and left != sum(kept):
             raise DataError(
                 f"{folder}: expected {sum(kept)} rows in shuffle buckets, found {left}: less than that run's journal "
@@ -189,7 +190,7 @@ class Buckets:
 
 
 def _cut_back(path: Path, kept: np.ndarray) -> int:
-    """Drop the rows at the end of a bucket's file that lie beyond `kept`; returns how many rows stay.
+    """Drop the rows at the end of a bucket's file with numbers of `kept` and higher; returns how many rows stay.
 
     Only rows brought last can be of that kind: those of a slab that is not in the journal.
     """

@@ -139,8 +139,10 @@ def finish() -> None:
     coded[0, 1:14] = 2**31 - 1
     order, shifts = random.permutation(ROWS)[: ROWS - 3], random.integers(-3, 3, ROWS)
     here, there = np.empty((len(order), 40), np.int32), np.empty((len(order), 40), np.int32)
-    cpu.Finisher(ids).finish(coded, order, shifts, here)
-    cuda.Finisher(ids).finish(coded, order, shifts, there)
+    for finisher, records in ((cpu.Finisher(ids), here), (cuda.Finisher(ids), there)):
+        finisher.take(coded, shifts)
+        for begin in range(0, len(order), 30):
+            finisher.finish(order[begin : begin + 30], records[begin : begin + 30])
     np.testing.assert_array_equal(here, there)
 
 

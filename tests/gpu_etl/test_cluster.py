@@ -11,7 +11,7 @@ import pytest
 from dask.distributed import LocalCluster
 
 from gpu_etl import cluster as cluster_module
-from gpu_etl import formats, shuffle
+from gpu_etl import formats, parts, shuffle
 from gpu_etl.__main__ import main
 from gpu_etl.errors import DataError
 from gpu_etl.pipeline import Settings, encode_days
@@ -77,6 +77,31 @@ def test_the_bytes_are_those_of_one_process(four_days, cluster, tmp_path, preset
     assert digests(tmp_path / "one") == digests(tmp_path / "several")
     assert report.distinct and sum(made.rows.values()) == sum(source["kept"] for source in made.sources)
     verify(tmp_path / "several")
+
+
+@pytest.mark.parametrize("shuffle_rows", [True, False])
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_days_of_text_are_cut_for_many_workers(four_days, cluster, tmp_path, monkeypatch, shuffle_rows, end):
+    monkeypatch.setattr(parts, "MIN_BYTES", 60_000)
+    long = tmp_path / "long"
+    texts = [path.read_bytes() for path in four_days]
+    long.write_bytes(b"".join(texts) + reference.write_rows(seed=9, rows=2)[:-1] + end)
+    days = [long, *four_days[1:]]
+    one = Settings(preset=choose_preset("torchrec"), shuffle=shuffle_rows)
+    encode_days(days, tmp_path / "one", one)
+    seen = []
+    monkeypatch.setattr(parts, "save", lambda found, work: seen.extend(found))
+    encode_days(days, tmp_path / "cut", replace(one, scheduler=cluster.scheduler_address, slab_bytes=9000))
+    assert [sum(part.day == day for part in seen) for day in range(4)] == [3, 1, 1, 1]
+    assert digests(tmp_path / "one") == digests(tmp_path / "cut")
+
+
+def test_a_bad_row_of_a_cut_day_has_its_number(four_days, cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "MIN_BYTES", 60_000)
+    bad = tmp_path / "bad"
+    bad.write_bytes(four_days[0].read_bytes() + b"1\t2\n" + four_days[1].read_bytes())
+    with pytest.raises(DataError, match=r"bad: row 3001: expected 40 tab-separated fields, got 2"):
+        encode_days([bad, four_days[1]], tmp_path / "set", Settings(scheduler=cluster.scheduler_address))
 
 
 def test_as_a_command_with_workers_of_its_own(four_days, tmp_path, capsys):

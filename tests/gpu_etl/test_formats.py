@@ -147,13 +147,13 @@ def test_dtype_by_cardinality(cardinality, dtype):
     assert formats.id_dtype(cardinality).name == dtype
 
 
-def test_files_of_each_form():
+def test_files_of_each_form(tmp_path):
     columns = ["label.bin", "numerical.bin", *(f"cat_{c}.bin" for c in range(26))]
     assert formats.files("records", "val") == ["terabyte_processed_val.bin"]
     assert formats.files("dist", "val") == [f"val/{name}" for name in columns]
     assert formats.files("dle", "val") == [f"validation/{name}" for name in columns]
     assert formats.files("dle", "test") == [f"test/{name}" for name in columns]
-    assert formats.extra_files("records", SIZES) == formats.extra_files("dist", SIZES) == {}
+    assert [formats.write_extra_files(form, tmp_path, SIZES) for form in ("records", "dist")] == [[], []]
 
 
 def test_dle_bytes_are_as_numpy_would_read_them(tmp_path):
@@ -168,7 +168,8 @@ def test_dle_bytes_are_as_numpy_would_read_them(tmp_path):
 def test_feature_spec_holds_what_nvidias_reader_demands(tmp_path):
     """The rules that DeepLearningExamples checks before it reads: names, channels, dtypes, one file per chunk."""
     write_set("dle", tmp_path)
-    ((name, text),) = formats.extra_files("dle", np.array(SIZES)).items()
+    (name,) = formats.write_extra_files("dle", tmp_path, np.array(SIZES))
+    text = (tmp_path / name).read_text()
     assert name == "feature_spec.yaml"
     spec = json.loads(text)
     assert sorted(spec) == ["channel_spec", "feature_spec", "metadata", "source_spec"]

@@ -1,0 +1,127 @@
+"""What the workers of a cluster do: count a part, merge counts, give ids, and write ranges of the final files."""
+
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from gpu_etl import backend, shared_files, vocabulary
+from gpu_etl.counting import CountPass
+from gpu_etl.encoding import ENCODE_ROWS
+from gpu_etl.extract import Source
+from gpu_etl.journal import Journal
+from gpu_etl.parts import Part
+from gpu_etl.schema import COLUMNS, RECORD_DTYPE, SPARSE, Preset
+from gpu_etl.settings import Settings
+from gpu_etl.shuffle import Buckets, keys_of
+from gpu_etl.spill import Spill
+from gpu_etl.tally import Tally
+from gpu_etl.vocabulary import ColumnCounts, Counts
+
+COUNTS, IDS = "counts.npz", "ids.npz"
+Days = list[tuple[Path, int]]
+
+
+def save_counts(path: Path, counts: Counts) -> None:
+    """Write counts, whole or not at all."""
+    arrays = {}
+    for c, column in enumerate(counts.columns):
+        arrays |= {f"keys_{c}": column.keys, f"counts_{c}": column.counts, f"first_{c}": column.first_rows}
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part.npz")
+    np.savez(temporary, **arrays)
+    temporary.rename(path)
+
+
+def load_counts(path: Path) -> Counts:
+    """What save_counts() wrote."""
+    with np.load(path) as arrays:
+        return Counts(tuple(
+            ColumnCounts(arrays[f"keys_{c}"], arrays[f"counts_{c}"], arrays[f"first_{c}"]) for c in range(SPARSE)
+        ))  # fmt: skip
+
+
+def count_part(days: Days, part: Part, settings: Settings, work: Path, buckets: int) -> tuple[Tally, list[int]]:
+    """Task: the count pass over one part, in its folder. Returns its tally, and how many rows each bucket got.
+
+    days: path and size of every day.
+    """
+    folder = part.folder(work)
+    folder.mkdir(exist_ok=True)
+    kernels = backend.device(settings.device)
+    threads = kernels.set_threads(settings.threads)
+    kernels.set_memory_limit(settings.memory_limit)
+    sources = [Source(path, size) for path, size in days]
+    sources[part.day] = Source(sources[part.day].path, part.end - part.begin, part.begin)
+    journal = Journal(folder / "journal.jsonl")
+    try:
+        counting = CountPass(
+            kernels, sources, settings.preset, settings.seed, journal, folder, threads, settings.bad_rows,
+            settings.max_bad_rows, settings.to_buckets(len(days)), part.day, part.first_row,
+        )  # fmt: skip
+        store = Buckets(folder, buckets, settings.seed, counting.kept_in_buckets, part.first_row)
+        if not journal.all("counted"):
+            save_counts(folder / COUNTS, counting.run(settings.slab_bytes, store))
+            journal.record(counted=True)
+        store.close()
+        return counting.tallies[part.day], store.rows()
+    finally:
+        journal.close()
+
+
+def merge_counts(a: Path, b: Path, out: Path) -> Path:
+    """Task: the counts of two files, merged into a third."""
+    save_counts(out, load_counts(a).merge(load_counts(b)))
+    return out
+
+
+def number_part(folder: Path, preset: Preset, work: Path) -> None:
+    """Task: the ids of one part's dictionary codes, by the vocabulary of all days."""
+    np.savez(folder / IDS, *vocabulary.Vocabulary.load(work).ids(Spill.keys_in(folder), preset))
+
+
+@lru_cache(maxsize=64)
+def _finisher(folder: Path, device: str, _stamp: int):
+    with np.load(folder / IDS) as arrays:
+        return backend.device(device).Finisher(tuple(arrays.values()))
+
+
+def _finish(folder: Path, coded: np.ndarray, shift: int, device: str) -> np.ndarray:
+    """Records of coded rows of one part, in their order."""
+    records = np.empty((len(coded), COLUMNS), RECORD_DTYPE)
+    finisher = _finisher(folder, device, (folder / IDS).stat().st_mtime_ns)
+    finisher.take(coded, np.full(len(coded), shift))
+    finisher.finish(np.arange(len(coded)), records)
+    return records
+
+
+def encode_bucket(
+    split: str, row: int, bucket: int, buckets: int, parts: list[tuple[Path, int]], table_sizes: list[int],
+    settings: Settings, work: Path,
+) -> int:  # fmt: skip
+    """Task: shuffle one bucket of all training days and write it into the split from row `row` on. Returns its rows.
+
+    parts: folder of every part that trains, and what is added to its integers.
+    """
+    numbers, records = [np.empty(0, np.int64)], [np.empty((0, COLUMNS), RECORD_DTYPE)]
+    for folder, shift in parts:
+        numbered = Buckets(folder, buckets, settings.seed, None).read(bucket)
+        numbers.append(numbered["row"])
+        records.append(_finish(folder, numbered["coded"], shift, settings.device))
+    numbers, records = np.concatenate(numbers), np.concatenate(records)
+    order = np.argsort(keys_of(settings.seed, numbers))
+    shared_files.write_at(settings.form, work, split, table_sizes, row, records[order])
+    return len(records)
+
+
+def encode_rows(
+    split: str, row: int, begin: int, end: int, part: Part, shift: int, table_sizes: list[int], settings: Settings,
+    work: Path,
+) -> int:  # fmt: skip
+    """Task: write rows begin to end of a part into a split from row `row` on, in their order. Returns how many."""
+    folder = part.folder(work)
+    for start in range(begin, end, ENCODE_ROWS):
+        coded = Spill.rows_in(folder, part.day, start, min(start + ENCODE_ROWS, end))
+        records = _finish(folder, coded, shift, settings.device)
+        shared_files.write_at(settings.form, work, split, table_sizes, row + start - begin, records)
+    return end - begin

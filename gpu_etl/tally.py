@@ -1,0 +1,43 @@
+"""What a day file holds, added up slab by slab (leaf of the passes)."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gpu_etl import faults
+from gpu_etl.rows import INT32_MAX
+from gpu_etl.schema import COLUMNS
+
+
+@dataclass
+class Tally:
+    """What is known of a day file so far: rows read and kept, how many went and why, the place behind the last slab; of
+    the rows kept: those with label 1, those with each of the 40 columns missing, and the smallest integer (missing ones
+    counting as 0); and, once the file was read to its end, the CRC-32 of its bytes."""
+
+    read: int = 0
+    kept: int = 0
+    end: int = 0
+    clicks: int = 0
+    missing: np.ndarray = field(default_factory=lambda: np.zeros(COLUMNS, np.int64))
+    smallest: int = INT32_MAX
+    dropped: Counter = field(default_factory=Counter)
+    crc32: str | None = None
+
+    def add(
+        self, read: int, kept: int, end: int, clicks: int, missing: list[int], smallest: int, dropped: dict
+    ) -> None:
+        """Take in a slab's event."""
+        self.read, self.kept, self.end = self.read + read, self.kept + kept, end
+        self.clicks, self.missing = self.clicks + clicks, self.missing + missing
+        self.smallest = min(self.smallest, smallest)
+        self.dropped.update(dropped)
+
+    def bad_rows(self) -> int:
+        """Rows left out because they could not be parsed."""
+        return sum(self.dropped[reason] for reason in faults.REASONS.values())
+
+    def reasons(self) -> dict[str, int]:
+        """Rows that went, by reason, without the reasons that did not occur."""
+        return {reason: count for reason, count in sorted(self.dropped.items()) if count}
