@@ -152,7 +152,7 @@ class Cluster:
             folders = [(part.folder(self._work), self._shifts[part.day]) for part in training]
             rows = np.sum([self._bucket_rows[part.number] for part in training], axis=0, dtype=np.int64)
             for bucket, (row, count) in enumerate(zip(np.cumsum(rows) - rows, rows, strict=True)):
-                arguments = split, int(row), bucket, self._buckets, folders, *common
+                arguments = split, int(row), int(count), bucket, self._buckets, folders, *common
                 yield (encode_bucket, arguments), int(row + count)
             return
         for piece in pieces([tally.kept for tally in self._tallies], begin, end, TASK_ROWS):

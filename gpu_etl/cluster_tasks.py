@@ -1,6 +1,7 @@
 """What the workers of a cluster do: count a part, merge counts, give ids, and write ranges of the final files."""
 
 import os
+import threading
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from gpu_etl.counting import CountPass
 from gpu_etl.encoding import ENCODE_ROWS
 from gpu_etl.extract import Source
 from gpu_etl.journal import Journal
+from gpu_etl.memory import Reused
 from gpu_etl.parts import Part
 from gpu_etl.schema import COLUMNS, RECORD_DTYPE, SPARSE, Preset
 from gpu_etl.settings import Settings
@@ -86,42 +88,53 @@ def _finisher(folder: Path, device: str, _stamp: int):
         return backend.device(device).Finisher(tuple(arrays.values()))
 
 
-def _finish(folder: Path, coded: np.ndarray, shift: int, device: str) -> np.ndarray:
-    """Records of coded rows of one part, in their order."""
-    records = np.empty((len(coded), COLUMNS), RECORD_DTYPE)
+def _finish(folder: Path, coded: np.ndarray, shift: int, device: str, records: np.ndarray) -> None:
+    """Write the records of coded rows of one part, in their order."""
     finisher = _finisher(folder, device, (folder / IDS).stat().st_mtime_ns)
     finisher.take(coded, np.full(len(coded), shift))
     finisher.finish(np.arange(len(coded)), records)
-    return records
+
+
+class _Memory(threading.local):
+    """Memory of this thread's tasks: Dask's workers give freed memory back at once, and fresh pages cost more than the
+    work on them."""
+
+    def __init__(self):
+        self.read, self.finished, self.sorted = Reused(), Reused(), Reused()
+
+
+_memory = _Memory()
 
 
 def encode_bucket(
-    split: str, row: int, bucket: int, buckets: int, parts: list[tuple[Path, int]], table_sizes: list[int],
+    split: str, row: int, rows: int, bucket: int, buckets: int, parts: list[tuple[Path, int]], table_sizes: list[int],
     settings: Settings, work: Path,
-) -> int:  # fmt: skip
-    """Task: shuffle one bucket of all training days and write it into the split from row `row` on. Returns its rows.
+) -> None:  # fmt: skip
+    """Task: shuffle one bucket, of so many rows of all training days, and write it into the split from row `row` on.
 
     parts: folder of every part that trains, and what is added to its integers.
     """
-    numbers, records = [np.empty(0, np.int64)], [np.empty((0, COLUMNS), RECORD_DTYPE)]
+    numbers, records = np.empty(rows, np.int64), _memory.finished.empty((rows, COLUMNS), RECORD_DTYPE)
+    begin = 0
     for folder, shift in parts:
-        numbered = Buckets(folder, buckets, settings.seed, None).read(bucket)
-        numbers.append(numbered["row"])
-        records.append(_finish(folder, numbered["coded"], shift, settings.device))
-    numbers, records = np.concatenate(numbers), np.concatenate(records)
-    order = np.argsort(keys_of(settings.seed, numbers))
-    shared_files.write_at(settings.form, work, split, table_sizes, row, records[order])
-    return len(records)
+        numbered = Buckets(folder, buckets, settings.seed, None).read(bucket, _memory.read)
+        end = begin + len(numbered)
+        numbers[begin:end] = numbered["row"]
+        _finish(folder, numbered["coded"], shift, settings.device, records[begin:end])
+        begin = end
+    in_order = _memory.sorted.empty(records.shape, RECORD_DTYPE)
+    np.take(records, np.argsort(keys_of(settings.seed, numbers)), 0, in_order, "clip")  # "raise" would buffer
+    shared_files.write_at(settings.form, work, split, table_sizes, row, in_order)
 
 
 def encode_rows(
     split: str, row: int, begin: int, end: int, part: Part, shift: int, table_sizes: list[int], settings: Settings,
     work: Path,
-) -> int:  # fmt: skip
-    """Task: write rows begin to end of a part into a split from row `row` on, in their order. Returns how many."""
+) -> None:  # fmt: skip
+    """Task: write rows begin to end of a part into a split from row `row` on, in their order."""
     folder = part.folder(work)
     for start in range(begin, end, ENCODE_ROWS):
         coded = Spill.rows_in(folder, part.day, start, min(start + ENCODE_ROWS, end))
-        records = _finish(folder, coded, shift, settings.device)
+        records = _memory.finished.empty(coded.shape, RECORD_DTYPE)
+        _finish(folder, coded, shift, settings.device, records)
         shared_files.write_at(settings.form, work, split, table_sizes, row + start - begin, records)
-    return end - begin

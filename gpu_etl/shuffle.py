@@ -147,9 +147,15 @@ class Buckets:
         """How many rows each bucket holds."""
         return [path.stat().st_size // NUMBERED.itemsize for path in self._paths]
 
-    def read(self, bucket: int) -> np.ndarray:
-        """A bucket's rows, NUMBERED, as they came."""
-        return np.fromfile(self._paths[bucket], NUMBERED)
+    def read(self, bucket: int, memory: Reused) -> np.ndarray:
+        """A bucket's rows, NUMBERED, as they came; they lie in `memory`."""
+        path = self._paths[bucket]
+        numbered = memory.empty((path.stat().st_size // NUMBERED.itemsize,), NUMBERED)
+        with open(path, "rb", buffering=0) as file:
+            view = memoryview(numbered.view(np.uint8))
+            while view and (count := file.readinto(view)):
+                view = view[count:]
+        return numbered
 
     def unordered(self) -> Iterator[np.ndarray]:
         """All rows (NUMBERED), in pieces and in any order."""
@@ -168,12 +174,8 @@ class Buckets:
 
     def _sorted(self, start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         memory = [Reused() for _ in range(3)]  # one in use, one ready, one being read
-        for bucket, path in enumerate(self._paths[start:], start):
-            numbered = memory[bucket % 3].empty((path.stat().st_size // NUMBERED.itemsize,), NUMBERED)
-            with open(path, "rb", buffering=0) as file:
-                view = memoryview(numbered.view(np.uint8))
-                while view and (count := file.readinto(view)):
-                    view = view[count:]
+        for bucket in range(start, len(self)):
+            numbered = self.read(bucket, memory[bucket % 3])
             yield numbered, np.argsort(keys_of(self.seed, numbered["row"]))
 
     def remove(self, bucket: int) -> None:
