@@ -20,9 +20,10 @@ SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) b
 # Bytes of device memory that a kernel has to move for a row: text, values [40], missing, ends, faults, coded rows.
 ROW_BYTES = {
     "_count_newlines": TEXT_ROW, "_write_newlines": TEXT_ROW + 8, "_parse": TEXT_ROW + 8 + 160 + 8 + 4,
-    "_keep": 2 * 168, "_count_missing": 8 * 40, "_integers": 2 * 4 * 13 + 8 * 13,
-    "_insert": 26 * (4 + 8 + 8), "_number": 0, "_code": 26 * (2 * 4 + 8 + 8), "_count_buckets": 8, "_take_places": 16,
-    "_scatter": 160 + 8 + 168, "_finish": 160 + 8 + 8 + 26 * 4 + 160, "_recount": 26 * (4 + 16) + 8, "_enter": 0,
+    "_keep": 2 * 168, "_summarize": 8 * 40 + 14 * 4, "_integers": 2 * 4 * 13 + 8 * 13,
+    "_insert": 26 * (4 + 8 + 8), "_number": 0, "_collect": 0, "_code": 26 * (2 * 4 + 8 + 8), "_count_buckets": 8,
+    "_take_places": 16, "_scatter": 160 + 8 + 168, "_keys": 16, "_finish": 160 + 8 + 8 + 26 * 4 + 160,
+    "_recount": 26 * (4 + 16) + 8, "_enter": 0,
 }  # fmt: skip
 
 
@@ -46,17 +47,18 @@ def signatures() -> dict:
 
     from gpu_etl import cuda as functions
     from gpu_etl import cuda_dictionary as dictionary
+    from gpu_etl import cuda_encode, cuda_rows
 
     i4, i8, u4, u8, flag = types.int32[::1], types.int64[::1], types.uint32[::1], types.uint64[::1], types.boolean
     one, whole = types.int64, types.uint64
     text, values, rows = types.uint8[::1], types.uint32[::1, :], types.int32[:, ::1]
     return {
-        functions._count_newlines: (text, i4), functions._write_newlines: (text, i8, i8),
-        functions._parse: (text, i8, values, u8, i4), functions._keep: (values, u8, i8, values, u8),
-        functions._count_missing: (u8, i4), functions._integers: (values, u8, one, one),
-        functions._count_buckets: (whole, one, one, i8, i4), functions._take_places: (i8, i8),
-        functions._scatter: (values, one, i8, types.uint32[:, ::1]),
-        functions._finish: (rows, i8, i8, i4, i8, rows),
+        cuda_rows._count_newlines: (text, i4), cuda_rows._write_newlines: (text, i8, i8),
+        cuda_rows._parse: (text, i8, values, u8, i4, i4), functions._keep: (values, u8, i8, values, u8),
+        functions._summarize: (values, u8, i8), functions._integers: (values, u8, one, one),
+        cuda_encode._count_buckets: (whole, one, one, i8, i4), cuda_encode._take_places: (i8, i8),
+        cuda_encode._scatter: (values, one, i8, types.uint32[:, ::1]), cuda_encode._keys: (whole, i8, u8),
+        cuda_encode._finish: (rows, i8, i8, i4, i8, rows), dictionary._collect: (u4, i8, i8, u4),
         dictionary._insert: (values, u8, flag, one, i8, i8, i8, types.int64[:, ::1], i4),
         dictionary._number: (types.int64[:, ::1], i4, i8, i8, u4, i8),
         dictionary._code: (values, u8, flag, one, i8, i8, i8, u8, i8, i8, one),

@@ -9,7 +9,6 @@ import numpy as np
 
 from gpu_etl import backend, shared_files, vocabulary
 from gpu_etl.counting import CountPass
-from gpu_etl.encoding import ENCODE_ROWS
 from gpu_etl.extract import Source
 from gpu_etl.journal import Journal
 from gpu_etl.memory import Reused
@@ -17,7 +16,7 @@ from gpu_etl.parts import Part
 from gpu_etl.schema import COLUMNS, RECORD_DTYPE, SPARSE, Preset
 from gpu_etl.settings import Settings
 from gpu_etl.shuffle import Buckets, keys_of
-from gpu_etl.spill import Spill
+from gpu_etl.spill import Spill, words_of
 from gpu_etl.tally import Tally
 from gpu_etl.vocabulary import ColumnCounts, Counts
 
@@ -63,7 +62,7 @@ def count_part(days: Days, part: Part, settings: Settings, work: Path, buckets: 
         )  # fmt: skip
         store = Buckets(folder, buckets, settings.seed, counting.kept_in_buckets, part.first_row)
         if not journal.all("counted"):
-            save_counts(folder / COUNTS, counting.run(settings.slab_bytes, store))
+            save_counts(folder / COUNTS, counting.run(settings.slab_bytes or kernels.SLAB_BYTES, store))
             journal.record(counted=True)
         store.close()
         return counting.tallies[part.day], store.rows()
@@ -92,7 +91,7 @@ def _finish(folder: Path, coded: np.ndarray, shift: int, device: str, records: n
     """Write the records of coded rows of one part, in their order."""
     finisher = _finisher(folder, device, (folder / IDS).stat().st_mtime_ns)
     finisher.take(coded, np.full(len(coded), shift))
-    finisher.finish(np.arange(len(coded)), records)
+    finisher.finish(0, len(coded), records)()
 
 
 class _Memory(threading.local):
@@ -120,7 +119,7 @@ def encode_bucket(
         numbered = Buckets(folder, buckets, settings.seed, None).read(bucket, _memory.read)
         end = begin + len(numbered)
         numbers[begin:end] = numbered["row"]
-        _finish(folder, numbered["coded"], shift, settings.device, records[begin:end])
+        _finish(folder, words_of(numbered), shift, settings.device, records[begin:end])
         begin = end
     in_order = _memory.sorted.empty(records.shape, RECORD_DTYPE)
     np.take(records, np.argsort(keys_of(settings.seed, numbers)), 0, in_order, "clip")  # "raise" would buffer
@@ -133,8 +132,9 @@ def encode_rows(
 ) -> None:  # fmt: skip
     """Task: write rows begin to end of a part into a split from row `row` on, in their order."""
     folder = part.folder(work)
-    for start in range(begin, end, ENCODE_ROWS):
-        coded = Spill.rows_in(folder, part.day, start, min(start + ENCODE_ROWS, end))
+    step = backend.device(settings.device).ENCODE_ROWS
+    for start in range(begin, end, step):
+        coded = Spill.rows_in(folder, part.day, start, min(start + step, end))
         records = _memory.finished.empty(coded.shape, RECORD_DTYPE)
         _finish(folder, coded, shift, settings.device, records)
         shared_files.write_at(settings.form, work, split, table_sizes, row + start - begin, records)

@@ -14,9 +14,9 @@ from gpu_etl import faults, vocabulary
 from gpu_etl.errors import BadRowError
 from gpu_etl.extract import Slab, Source, read_day
 from gpu_etl.journal import Journal
-from gpu_etl.memory import Reused
+from gpu_etl.memory import Pool, Reused
 from gpu_etl.prefetch import OneBehind, side_by_side
-from gpu_etl.rows import FAULT_STRIDE, INT32_MAX
+from gpu_etl.rows import FAULT_STRIDE
 from gpu_etl.sampling import dropped_rows
 from gpu_etl.schema import Preset
 from gpu_etl.shuffle import Buckets
@@ -34,9 +34,11 @@ class _DayEnd:
     day: int
 
 
-def _read(kernels: ModuleType, source: Source, day: int, slab_bytes: int, skip: int) -> Iterator[Slab | _DayEnd]:
+def _read(
+    kernels: ModuleType, source: Source, day: int, slab_bytes: int, skip: int, pool: Pool
+) -> Iterator[Slab | _DayEnd]:
     """Slabs of a day from `skip` on, ready to parse, and a _DayEnd behind them."""
-    for slab in read_day(source, day, slab_bytes, skip):
+    for slab in read_day(source, day, slab_bytes, skip, pool):
         slab.prepare(kernels)
         yield slab
     yield _DayEnd(day)
@@ -80,14 +82,14 @@ class CountPass:
     def run(self, slab_bytes: int, buckets: Buckets) -> vocabulary.Counts:
         """Read, parse, code, count and store what is left; returns the counts of everything, by dictionary code."""
         dictionaries, rows_before = self._dictionaries(buckets), self.rows
+        host_bytes = self._kernels.host_bytes
+        pool, parsed, stored = Pool(host_bytes), Reused(), (Reused(host_bytes), Reused(host_bytes))
         waiting = [
-            _read(self._kernels, source, day, slab_bytes, tally.end)
+            _read(self._kernels, source, day, slab_bytes, tally.end, pool)
             for day, (source, tally) in enumerate(zip(self._sources, self.tallies, strict=True))
             if tally.crc32 is None and self._only in (None, day)
         ]
         at_once = max(1, int(self._workers / CORES_PER_READER))
-        parsed = Reused()
-        stored = Reused(), Reused()
         size = sum(source.size for source in self._sources)
         with (
             tqdm(total=size, unit="B", unit_scale=True, desc="count ", file=sys.stderr) as bar,
@@ -145,16 +147,13 @@ class CountPass:
         read = len(values)
         if not keep.all():
             values, missing = kernels.keep_rows(values, missing, keep)
-        smallest = INT32_MAX
+        summary = kernels.summarize(values, missing)
         if preset.dense in CODING:
             kernels.integers(values, missing, *CODING[preset.dense])
-        elif len(values):
-            smallest = kernels.smallest(values)
         first = first_number(slab.day) + self._first_row + tally.kept
         dictionaries.code(values, missing, first)
         event = {
-            "read": read, "kept": len(values), "end": slab.end, "clicks": int(kernels.labels(values).sum()),
-            "missing": kernels.count_missing(missing).tolist(), "smallest": smallest, "dropped": dropped,
+            "read": read, "kept": len(values), "end": slab.end, "dropped": dropped, **summary._asdict(),
         }  # fmt: skip
         tally.add(**event)
         store = self._storing(slab.day, values, first, dictionaries.new_keys(), buckets, stored)
@@ -166,10 +165,10 @@ class CountPass:
         """What writes the coded rows and the new keys, and returns how many keys there were."""
         if self.to_buckets[day]:
             grouped = self._kernels.group(values, first, buckets.seed, len(buckets), memory)
-            write = lambda: buckets.add(*grouped)  # noqa: E731
+            write = lambda: buckets.add(*grouped())  # noqa: E731
         else:
             coded = self._kernels.rows_of(values, memory)
-            write = lambda: self.spill.add(day, coded)  # noqa: E731
+            write = lambda: self.spill.add(day, coded())  # noqa: E731
 
         def store() -> int:
             write()

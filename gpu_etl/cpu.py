@@ -1,27 +1,32 @@
 """The slab functions on the CPU, Numba loops around the scalar functions of rows.py; cuda.py has the same on a GPU.
 
-A slab goes through find_rows, parse, keep_rows, count_missing, integers, Dictionaries.code (dictionary.py), and group
-(shuffle.py) or rows_of; the encode pass through Finisher. encode does it all at once with a known vocabulary.
+A slab goes through find_rows, parse, keep_rows, summarize, integers, Dictionaries.code (dictionary.py), and group or
+rows_of; the encode pass through shuffled and Finisher. encode does it all at once with a known vocabulary.
 Every function works on one slab and computes with integers only, so that results do not depend on threads or slabs.
 Parsed slabs are column-major: counting and coding go through them by columns.
 """
 
+from collections.abc import Callable
+
 import numba
 import numpy as np
 
-from gpu_etl import rows
+from gpu_etl import rows, shuffle
 from gpu_etl.dictionary import Dictionaries
 from gpu_etl.errors import DataError
 from gpu_etl.jit import compiled, compiled_parallel
-from gpu_etl.memory import Reused
+from gpu_etl.memory import Reused, host_bytes
 from gpu_etl.schema import COLUMNS, DENSE, FIRST_DENSE, FIRST_SPARSE, RECORD_DTYPE, SPARSE, Preset
-from gpu_etl.shuffle import group
+from gpu_etl.tally import Summary
 from gpu_etl.vocabulary import Lookup
 
 __all__ = [
-    "Dictionaries", "Finisher", "count_missing", "encode", "find_rows", "group", "integers", "keep_rows", "labels",
-    "parse", "peak_device_bytes", "rows_of", "set_memory_limit", "set_threads", "smallest", "upload",
+    "Dictionaries", "Finisher", "encode", "find_rows", "group", "host_bytes", "integers", "keep_rows", "labels",
+    "parse", "peak_device_bytes", "rows_of", "set_memory_limit", "set_threads", "shuffled", "summarize", "upload",
 ]  # fmt: skip
+
+SLAB_BYTES = 8 << 20  # of text: parsed, it stays in the L3 cache
+ENCODE_ROWS = 1 << 15
 
 SHORT_ROW = 128  # bytes; where rows are shorter on average, they are found in a second try
 NEWLINES = np.uint64(0x0A0A0A0A0A0A0A0A)
@@ -119,21 +124,24 @@ def labels(values: np.ndarray) -> np.ndarray:
     return values[:, 0]
 
 
-def smallest(values: np.ndarray) -> int:
-    """The smallest integer of a parsed slab, missing ones counting as 0; the slab has rows."""
-    return int(values[:, FIRST_DENSE:FIRST_SPARSE].view(np.int32).min())
-
-
 def keep_rows(values: np.ndarray, missing: np.ndarray, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Values and missing of the rows where keep, bool [n], is true."""
     return np.asfortranarray(values[keep]), missing[keep]
 
 
-def rows_of(values: np.ndarray, memory: Reused) -> np.ndarray:
-    """A coded slab as rows int32 [n, 40], row-major, on the host; they lie in `memory`."""
+def rows_of(values: np.ndarray, memory: Reused) -> Callable[[], np.ndarray]:
+    """What gives a coded slab as rows int32 [n, 40], row-major, on the host; they lie in `memory`."""
     rows_ = memory.empty(values.shape, RECORD_DTYPE)
     rows_[:] = values.view(RECORD_DTYPE)
-    return rows_
+    return lambda: rows_
+
+
+def group(
+    values: np.ndarray, first_row: int, seed: int, buckets: int, memory: Reused
+) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
+    """What gives a coded slab's rows by bucket, on the host, as shuffle.group does; they lie in `memory`."""
+    found = shuffle.group(values, first_row, seed, buckets, memory)
+    return lambda: found
 
 
 @compiled
@@ -143,11 +151,12 @@ def _count_missing(missing, counts):
             counts[column] += rows.is_missing(missing[row], column)
 
 
-def count_missing(missing: np.ndarray) -> np.ndarray:
-    """How many rows have each column empty: int64 [40], of missing uint64 [n]."""
+def summarize(values: np.ndarray, missing: np.ndarray) -> Summary:
+    """What there is in a parsed slab, values uint32 [n, 40] and missing uint64 [n]."""
     counts = np.zeros(COLUMNS, np.int64)
     _count_missing(missing, counts)
-    return counts
+    smallest = values[:, FIRST_DENSE:FIRST_SPARSE].view(np.int32).min(initial=rows.INT32_MAX)
+    return Summary(int(values[:, 0].sum()), counts.tolist(), int(smallest))
 
 
 @compiled_parallel
@@ -179,6 +188,11 @@ def _finish(coded, order, shifts, ids, base, records):
             records[i, column] = ids[np.uint64(base[c] + coded[row, column])]
 
 
+def shuffled(numbers: np.ndarray, seed: int) -> np.ndarray:
+    """The order of rows with these numbers, int64 [n], by their keys: places int64 [n]."""
+    return np.argsort(shuffle.keys_of(seed, numbers))
+
+
 class Finisher:
     """Turns coded rows into records. ids: 26 arrays int32, the ids of a column by dictionary code."""
 
@@ -186,14 +200,19 @@ class Finisher:
         self._ids = np.concatenate(ids)
         self._base = np.cumsum([0] + [len(column) for column in ids[:-1]])
 
-    def take(self, coded: np.ndarray, shifts: np.ndarray) -> None:
-        """The rows that the next calls of finish() are about: int32 [n, 40], and what is added to the integers of each,
-        int64 [n]."""
-        self._coded, self._shifts = coded, shifts
+    def take(self, coded: np.ndarray, shifts: np.ndarray, order: np.ndarray | None = None) -> None:
+        """What the next calls of finish() are about.
 
-    def finish(self, order: np.ndarray, records: np.ndarray) -> None:
-        """Write records int32 [m, 40]: of the rows order[0], order[1], ... (int64 [m])."""
-        _finish(self._coded, order, self._shifts, self._ids, self._base, records)
+        coded: int32 [n, 40 or more], contiguous, a coded row in the last 40 of each; shifts int64 [n]: what is added to
+        a row's integers; order: where the records come from, by shuffled(), else they come as they are.
+        """
+        self._coded, self._shifts = coded[:, -COLUMNS:], shifts
+        self._order = np.arange(len(coded)) if order is None else order
+
+    def finish(self, begin: int, end: int, records: np.ndarray) -> Callable[[], np.ndarray]:
+        """What gives records begin to end, int32 [end - begin, 40]: `records`, on the host, which they fill."""
+        _finish(self._coded, self._order[begin:end], self._shifts, self._ids, self._base, records)
+        return lambda: records
 
 
 @compiled_parallel

@@ -8,7 +8,7 @@ import numpy as np
 from numba import cuda
 
 from gpu_etl import rows
-from gpu_etl.cuda_launch import THREADS, blocks_for, budget, download, upload_array
+from gpu_etl.cuda_launch import blocks_for, budget, download, empty, launch, upload_array
 from gpu_etl.schema import FIRST_SPARSE, SPARSE, Preset
 from gpu_etl.vocabulary import ColumnCounts, Counts
 
@@ -91,6 +91,17 @@ def _recount(coded, row_numbers, counts, firsts, key_base):
 
 
 @cuda.jit
+def _collect(keys, first, ends, found):
+    """found = keys from first[c] on of every column c = block's y, one column after the other; ends: where they end."""
+    i, c = cuda.grid(1), cuda.blockIdx.y
+    begin = np.int64(0)
+    if c > 0:
+        begin = ends[c - 1]
+    if i < ends[c] - begin:
+        found[begin + i] = keys[first[c] + i]
+
+
+@cuda.jit
 def _enter(keys, key_base, used, table, base, mask):
     """Enter codes 1 to used[c] of column c = block's y into an empty table."""
     c = cuda.blockIdx.y
@@ -138,10 +149,8 @@ class Dictionaries:
         self._counts = self._laid_out(counts, np.uint64, 0, 0)
         self._firsts = self._laid_out(firsts, np.int64, 0, NEVER)
         self._table = upload_array(np.zeros(wanted.sum(), np.int64))
-        grid = blocks_for(int(self._used.max())), SPARSE
-        _enter[grid, THREADS](
-            self._keys, self._key_base, upload_array(self._used), self._table, self._base, self._mask
-        )
+        grid, used = (blocks_for(int(self._used.max())), SPARSE), upload_array(self._used)
+        launch(_enter, grid, self._keys, self._key_base, used, self._table, self._base, self._mask)
 
     def _laid_out(self, columns: list[np.ndarray], dtype, shift: int, empty: int):
         """The columns one after the other, each where its codes begin plus `shift`, on the device."""
@@ -170,15 +179,14 @@ class Dictionaries:
         preset = self._preset
         rules = preset.missing_is_zero, preset.max_index_range
         grid = min(MAX_BLOCKS, blocks_for(n)), SPARSE
-        fresh = cuda.device_array((SPARSE, n), np.int64)
+        fresh = empty((SPARSE, n), np.int64)
         fresh_count = upload_array(np.zeros(SPARSE, np.int32))
         table = self._table, self._base, self._mask
-        _insert[grid, THREADS](values, missing, *rules, *table, fresh, fresh_count)
+        launch(_insert, grid, values, missing, *rules, *table, fresh, fresh_count)
         used = upload_array(self._used)
-        _number[grid, THREADS](fresh, fresh_count, used, self._table, self._keys, self._key_base)
-        _code[grid, THREADS](
-            values, missing, *rules, *table, self._counts, self._firsts, self._key_base, first_row
-        )
+        launch(_number, grid, fresh, fresh_count, used, self._table, self._keys, self._key_base)
+        counted = self._counts, self._firsts, self._key_base
+        launch(_code, grid, values, missing, *rules, *table, *counted, first_row)
         self._used = self._used + download(fresh_count)
 
     def recount(self, coded: np.ndarray, row_numbers: np.ndarray) -> None:
@@ -187,16 +195,19 @@ class Dictionaries:
             grid = blocks_for(len(coded)), SPARSE
             numbers = upload_array(np.ascontiguousarray(row_numbers))
             coded = upload_array(np.ascontiguousarray(coded))
-            _recount[grid, THREADS](coded, numbers, self._counts, self._firsts, self._key_base)
+            launch(_recount, grid, coded, numbers, self._counts, self._firsts, self._key_base)
 
     def new_keys(self) -> list[np.ndarray]:
         """See dictionary.Dictionaries."""
-        found = []
-        for begin, reported, used in zip(self._begins, self._reported, self._used, strict=True):
-            new = self._keys[begin + reported + 1 : begin + used + 1]
-            found.append(download(new) if used > reported else np.empty(0, np.uint32))
+        new = self._used - self._reported
+        ends = np.cumsum(new)
+        if not ends[-1]:
+            return [np.empty(0, np.uint32)] * SPARSE
+        found = empty(int(ends[-1]), np.uint32)
+        first = upload_array(self._begins + self._reported + 1)
+        launch(_collect, (blocks_for(int(new.max())), SPARSE), self._keys, first, upload_array(ends), found)
         self._reported = self._used.copy()
-        return found
+        return np.split(download(found), ends[:-1])
 
     def counts(self) -> Counts:
         """See dictionary.Dictionaries."""

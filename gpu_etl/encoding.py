@@ -1,7 +1,7 @@
 """The encode pass: coded rows -> records -> the splits' files, from where an earlier run stopped."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -16,9 +16,9 @@ from gpu_etl.prefetch import OneBehind, prefetch
 from gpu_etl.rows import INT32_MAX
 from gpu_etl.schema import COLUMNS, RECORD_DTYPE, Preset
 from gpu_etl.shuffle import Buckets, group
-from gpu_etl.spill import DAY_SHIFT, Spill, first_number
+from gpu_etl.spill import DAY_SHIFT, Spill, first_number, words_of
 
-ENCODE_ROWS = 1 << 15
+SCATTER_ROWS = 1 << 15
 
 
 def day_shifts(smallest: list[int], preset: Preset) -> np.ndarray:
@@ -56,10 +56,11 @@ class EncodePass:
         self, kernels: ModuleType, spill: Spill, buckets: Buckets, day_rows: list[int], shifts: np.ndarray,
         ids: tuple[np.ndarray, ...], table_sizes: list[int], form: str, journal: Journal, work: Path,
     ):  # fmt: skip
-        self._finisher, self._spill, self._buckets = kernels.Finisher(ids), spill, buckets
+        self._kernels, self._finisher = kernels, kernels.Finisher(ids)
+        self._spill, self._buckets = spill, buckets
         self._day_rows, self._shifts = day_rows, shifts
         self._table_sizes, self._form, self._journal, self._work = table_sizes, form, journal, work
-        self._memory = Reused(), Reused()
+        self._memory = Reused(kernels.host_bytes), Reused(kernels.host_bytes)
         self._turn = 0
 
     def run(self, split: str, begin: int, end: int, shuffled: bool) -> None:
@@ -76,13 +77,14 @@ class EncodePass:
         bar.update(done)
         blocks = (
             (piece.day, self._spill.read(piece.day, piece.begin, piece.end))
-            for piece in pieces(self._day_rows, begin + done, end, ENCODE_ROWS)
+            for piece in pieces(self._day_rows, begin + done, end, self._kernels.ENCODE_ROWS)
         )
         with formats.SplitWriter(self._form, self._work, split, self._table_sizes, done) as writer:
             with OneBehind() as writing:
                 for day, coded in prefetch(blocks):
                     self._finisher.take(coded, np.full(len(coded), self._shifts[day]))
-                    writing.submit(writer.write, self._finish(np.arange(len(coded)), bar))
+                    finished = self._finish(0, len(coded), bar)
+                    writing.submit(lambda finished=finished: writer.write(finished()))
             return writer.described()
 
     def _write_shuffled(self, split: str, bar: tqdm) -> dict:
@@ -92,30 +94,31 @@ class EncodePass:
         done = sum(bucket["rows"] for bucket in gathered)
         bar.update(done)
 
-        def store(records: np.ndarray, bucket: int, rows: int | None) -> None:
+        def store(finished: Callable[[], np.ndarray], bucket: int, rows: int | None) -> None:
             """Write records; rows: of the whole bucket, where these are its last."""
-            writer.write(records)
+            writer.write(finished())
             if rows is not None:
                 self._journal.record(gathered={"bucket": bucket, "rows": rows})
                 self._buckets.remove(bucket)
 
+        kernels, step = self._kernels, self._kernels.ENCODE_ROWS
+        buckets = self._buckets.whole(len(gathered), [Reused(kernels.host_bytes) for _ in range(3)])
         with formats.SplitWriter(self._form, self._work, split, self._table_sizes, done) as writer:
             with OneBehind() as writing:
-                for bucket, (numbered, order) in enumerate(self._buckets.ordered(len(gathered)), len(gathered)):
-                    self._finisher.take(numbered["coded"], self._shifts[numbered["row"] >> DAY_SHIFT])
-                    for start in range(0, max(1, len(order)), ENCODE_ROWS):
-                        records = self._finish(order[start : start + ENCODE_ROWS], bar)
-                        last = start + ENCODE_ROWS >= len(order)
-                        writing.submit(store, records, bucket, len(order) if last else None)
+                for bucket, numbered in enumerate(buckets, len(gathered)):
+                    rows, order = len(numbered), kernels.shuffled(numbered["row"], self._buckets.seed)
+                    self._finisher.take(words_of(numbered), self._shifts[numbered["row"] >> DAY_SHIFT], order)
+                    for begin in range(0, max(1, rows), step):
+                        finished = self._finish(begin, min(begin + step, rows), bar)
+                        writing.submit(store, finished, bucket, rows if begin + step >= rows else None)
             return writer.described()
 
-    def _finish(self, order: np.ndarray, bar: tqdm) -> np.ndarray:
-        """Some records, in memory that is used again two calls later."""
+    def _finish(self, begin: int, end: int, bar: tqdm) -> Callable[[], np.ndarray]:
+        """What gives some records, in memory that is used again two calls later."""
         self._turn ^= 1
-        records = self._memory[self._turn].empty((len(order), COLUMNS), RECORD_DTYPE)
-        self._finisher.finish(order, records)
-        bar.update(len(order))
-        return records
+        records = self._memory[self._turn].empty((end - begin, COLUMNS), RECORD_DTYPE)
+        bar.update(end - begin)
+        return self._finisher.finish(begin, end, records)
 
 
 def scatter(
@@ -124,7 +127,7 @@ def scatter(
     """Bring the rows begin to end of all days from the spill into the buckets, from where an earlier run stopped."""
     memory = Reused()
     done = sum(event["rows"] for event in journal.all("scattered"))
-    for piece in pieces(day_rows, begin + done, end, ENCODE_ROWS):
+    for piece in pieces(day_rows, begin + done, end, SCATTER_ROWS):
         coded = spill.read(piece.day, piece.begin, piece.end)
         first = first_number(piece.day) + piece.begin
         buckets.add(*group(coded, first, buckets.seed, len(buckets), memory))

@@ -192,12 +192,11 @@ def skip_bytes(stream, count: int) -> None:
         count -= done
 
 
-def _cut(stream, path: Path, day: int, slab_bytes: int, end: int) -> Iterator[TextSlab]:
+def _cut(stream, path: Path, day: int, slab_bytes: int, end: int, pool: Pool) -> Iterator[TextSlab]:
     """Slabs of at most `slab_bytes`, each but the last ending with a newline; the rest of a row moves to the next.
 
     `end`: how many bytes of text came before.
     """
-    pool = Pool()
     rest = np.empty(0, np.uint8)
     while True:
         buffer = pool.take(slab_bytes)
@@ -218,7 +217,7 @@ def _cut(stream, path: Path, day: int, slab_bytes: int, end: int) -> Iterator[Te
         yield TextSlab(day, end, buffer[: newline + 1], pool)
 
 
-def _read_text(source: Source, day: int, slab_bytes: int, skip: int, kind: str) -> Iterator[TextSlab]:
+def _read_text(source: Source, day: int, slab_bytes: int, skip: int, kind: str, pool: Pool) -> Iterator[TextSlab]:
     """Slabs of a day of text; kind: "text", "gzip" or "zstd"."""
     stream = io.BufferedReader(ChecksummedFile(source), 1 << 20)
     try:
@@ -226,7 +225,7 @@ def _read_text(source: Source, day: int, slab_bytes: int, skip: int, kind: str) 
         if kind != "text":
             text = igzip.IGzipFile(fileobj=stream) if kind == "gzip" else _ZstdFile(stream)
         skip_bytes(text, skip)
-        yield from _cut(text, source.path, day, slab_bytes, skip)
+        yield from _cut(text, source.path, day, slab_bytes, skip, pool)
     except (EOFError, isal_zlib.error, igzip.BadGzipFile, zstandard.ZstdError) as error:
         raise DataError(f"{source.path}: damaged or cut-off {kind} file ({error}); fetch it again") from error
     finally:
@@ -242,8 +241,12 @@ def kind_of(path: Path) -> str:
     return "gzip" if magic[:2] == GZIP_MAGIC else "zstd" if magic in ZSTD_MAGICS else "text"
 
 
-def read_day(source: Source, day: int, slab_bytes: int, skip: int = 0) -> Iterator[Slab]:
+def read_day(
+    source: Source, day: int, slab_bytes: int, skip: int = 0, pool: Pool | None = None
+) -> Iterator[Slab]:
     """Slabs of one day file: text, gzip, zstd or Parquet, told by its first bytes, not its name; from place `skip` on.
+
+    pool: gives the memory of text.
 
     Raises DataError where packed data are damaged or end early, and where a Parquet file has not the 40 columns.
     """
@@ -253,4 +256,4 @@ def read_day(source: Source, day: int, slab_bytes: int, skip: int = 0) -> Iterat
 
         yield from read_parquet(source, day, slab_bytes, skip)
     else:
-        yield from _read_text(source, day, slab_bytes, skip, kind)
+        yield from _read_text(source, day, slab_bytes, skip, kind, pool or Pool())

@@ -74,7 +74,7 @@ def _add_encode_flags(parser: argparse.ArgumentParser) -> None:
     add("--scheduler", default="", metavar="tcp://HOST:PORT",
         help="spread the days over the workers of this Dask scheduler; all must see the same folders")  # fmt: skip
     add("--slab-bytes", type=int, default=default.slab_bytes, metavar="N",
-        help="text held at a time, a few times over; never changes the output (default: 8 MiB)")  # fmt: skip
+        help="text held at a time, a few times over; never changes the output (default: 8 MiB; GPU: 64)")  # fmt: skip
     add("--memory-limit", type=_size, default=0, metavar="SIZE",
         help="with --device cuda: take no more device memory, as 40G or in bytes (default: no limit)")  # fmt: skip
     add("--device", default=default.device, choices=DEVICES, help="where rows are parsed and encoded")

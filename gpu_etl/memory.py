@@ -2,28 +2,36 @@
 
 import math
 from collections import deque
+from collections.abc import Callable
 
 import numpy as np
 
 
-class Reused:
-    """Memory of one array, whose next array takes its place; grows as needed."""
+def host_bytes(size: int) -> np.ndarray:
+    """New memory, uint8 [size]."""
+    return np.empty(size, np.uint8)
 
-    def __init__(self):
+
+class Reused:
+    """Memory of one array, whose next array takes its place; grows as needed, by allocate(bytes)."""
+
+    def __init__(self, allocate: Callable[[int], np.ndarray] = host_bytes):
+        self._allocate = allocate
         self._bytes = np.empty(0, np.uint8)
 
     def empty(self, shape: tuple[int, ...], dtype) -> np.ndarray:
         """An array, C-contiguous, its contents undefined. The one given out before it must not be used any more."""
         size = math.prod(shape) * np.dtype(dtype).itemsize
         if size > len(self._bytes):
-            self._bytes = np.empty(size + size // 8, np.uint8)
+            self._bytes = self._allocate(size + size // 8)
         return self._bytes[:size].view(dtype).reshape(shape)
 
 
 class Pool:
-    """Byte buffers that threads hand to one another."""
+    """Byte buffers that threads hand to one another; new ones come from allocate(bytes)."""
 
-    def __init__(self):
+    def __init__(self, allocate: Callable[[int], np.ndarray] = host_bytes):
+        self._allocate = allocate
         self._free: deque[np.ndarray] = deque()
 
     def take(self, size: int) -> np.ndarray:
@@ -31,8 +39,8 @@ class Pool:
         try:
             buffer = self._free.pop()
         except IndexError:
-            return np.empty(size, np.uint8)
-        return buffer if len(buffer) == size else np.empty(size, np.uint8)
+            return self._allocate(size)
+        return buffer if len(buffer) == size else self._allocate(size)
 
     def give(self, buffer: np.ndarray) -> None:
         """Give back what take() gave; nobody may use it any more."""

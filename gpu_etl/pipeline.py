@@ -48,12 +48,13 @@ class Report:
 
 
 def _count(
-    counting: CountPass, buckets: Buckets, settings: Settings, journal: Journal, work: Path, report: Report
-) -> list[int]:
+    kernels: ModuleType, counting: CountPass, buckets: Buckets, settings: Settings, journal: Journal, work: Path,
+    report: Report,
+) -> list[int]:  # fmt: skip
     """The count pass and the vocabulary, unless an earlier run made them; returns the table sizes."""
     if not journal.all("counted"):
         with report.stage("count"):
-            counts = counting.run(settings.slab_bytes, buckets)
+            counts = counting.run(settings.slab_bytes or kernels.SLAB_BYTES, buckets)
         report.dictionary_bytes = counting.dictionary_bytes
         with report.stage("vocabulary"):
             words, ids = vocabulary.build(counts, settings.preset)
@@ -136,7 +137,7 @@ def _run(
         settings.max_bad_rows, settings.to_buckets(len(sources)),
     )  # fmt: skip
     buckets = _buckets(settings, job, counting, journal, work)
-    table_sizes = _count(counting, buckets, settings, journal, work, report)
+    table_sizes = _count(kernels, counting, buckets, settings, journal, work, report)
     ranges = _ranges(counting.tallies, settings)
     if not journal.all("files"):
         with report.stage("encode"):

@@ -178,14 +178,20 @@ def parse_row(text, begin, end, row, values, missing):
 
 
 @scalar
+def signed32(value):
+    """The integer that 32 bits (0 to 2^32 - 1) mean in two's complement."""
+    if value > INT32_MAX:
+        value -= UINT32_MASK + 1
+    return value
+
+
+@scalar
 def dense_value(value, empty, shift, empty_value):
     """What the record keeps of a parsed integer column (uint32, two's complement): max(integer + shift, 0), or
     empty_value, held within int32."""
     if empty:
         return empty_value
-    if value > INT32_MAX:
-        value -= UINT32_MASK + 1
-    return min(max(value + shift, 0), INT32_MAX)
+    return min(max(signed32(value) + shift, 0), INT32_MAX)
 
 
 @scalar

@@ -18,8 +18,8 @@ class Settings:
     days: cut the one input file into so many days; 0: every file is a day. fractions: shares of all rows that train,
     test and validate, in file order, instead of halving the last day. form: one of formats.FORMS. bad_rows: "error" or
     "skip", up to max_bad_rows. threads: of the CPU, 0 for all cores. workers, scheduler: spread the days over so many
-    processes of this machine, or over those of a Dask scheduler (see cluster.py). memory_limit: bytes of
-    device memory, 0 for no limit.
+    processes of this machine, or over those of a Dask scheduler (see cluster.py). slab_bytes: of text held at
+    a time, 0 for what suits the device. memory_limit: bytes of device memory, 0 for no limit.
     """
 
     preset: Preset = PRESETS["count"]
@@ -34,13 +34,13 @@ class Settings:
     threads: int = 0
     workers: int = 0
     scheduler: str = ""
-    slab_bytes: int = 8 << 20
+    slab_bytes: int = 0
     memory_limit: int = 0
 
     def check(self, inputs: int) -> None:
         """Raise DataError where a setting is out of range or does not fit the number of input files."""
         self.preset.check()
-        if self.slab_bytes < MIN_SLAB_BYTES:
+        if self.slab_bytes and self.slab_bytes < MIN_SLAB_BYTES:
             raise DataError(f"--slab-bytes: expected {MIN_SLAB_BYTES} or more, got {self.slab_bytes}")
         if self.threads < 0 or self.workers < 0:
             raise DataError(f"--threads, --workers: expected 0 or more, got {self.threads} and {self.workers}")

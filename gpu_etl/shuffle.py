@@ -164,19 +164,11 @@ class Buckets:
                 while len(rows := np.fromfile(file, NUMBERED, TAIL_ROWS)):
                     yield rows
 
-    def ordered(self, start: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Bucket by bucket from `start` on: its rows (NUMBERED), and the order int64 [n] in which they come.
-
-        A bucket's memory is used again two buckets later.
-        """
+    def whole(self, start: int, memory: list[Reused]) -> Iterator[np.ndarray]:
+        """Bucket by bucket from `start` on, its rows (NUMBERED). memory: three, of one in use, one ready, one being
+        read."""
         self.close()
-        return prefetch(self._sorted(start), depth=1)
-
-    def _sorted(self, start: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        memory = [Reused() for _ in range(3)]  # one in use, one ready, one being read
-        for bucket in range(start, len(self)):
-            numbered = self.read(bucket, memory[bucket % 3])
-            yield numbered, np.argsort(keys_of(self.seed, numbered["row"]))
+        return prefetch((self.read(bucket, memory[bucket % 3]) for bucket in range(start, len(self))), depth=1)
 
     def remove(self, bucket: int) -> None:
         """Delete a bucket's file, if it is still there."""

@@ -25,6 +25,11 @@ def first_number(day: int) -> int:
     return day << DAY_SHIFT
 
 
+def words_of(numbered: np.ndarray) -> np.ndarray:
+    """Rows NUMBERED [n], contiguous, as int32 [n, 42]: the number in the first two, the coded row behind it."""
+    return numbered.view(RECORD_DTYPE).reshape(len(numbered), NUMBERED.itemsize // RECORD_DTYPE.itemsize)
+
+
 def append(file: BinaryIO, array: np.ndarray) -> None:
     """Append a contiguous array to a file opened for it; it is with the kernel on return, or OSError was raised.
 

@@ -2,12 +2,22 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from gpu_etl import faults
 from gpu_etl.rows import INT32_MAX
 from gpu_etl.schema import COLUMNS
+
+
+class Summary(NamedTuple):
+    """Of a slab: rows with label 1; rows with each of the 40 columns empty; its smallest integer (empty ones count as
+    0), INT32_MAX where it has no rows."""
+
+    clicks: int
+    missing: list[int]
+    smallest: int
 
 
 @dataclass

@@ -22,7 +22,7 @@ if SIMULATED:
     cuda_launch.THREADS = 8  # a thread of the simulator is one of the operating system
     warnings.filterwarnings("ignore", "overflow encountered")  # uint64 wraps around, as it should
 
-from gpu_etl import cpu, cuda, cuda_dictionary  # noqa: E402 - after THREADS
+from gpu_etl import cpu, cuda, cuda_dictionary, cuda_launch  # noqa: E402 - after THREADS
 from gpu_etl.errors import DeviceMemoryError  # noqa: E402
 from gpu_etl.memory import Reused  # noqa: E402
 from gpu_etl.pipeline import Settings, encode_days  # noqa: E402
@@ -54,12 +54,17 @@ def parsed(text: bytes):
     return cpu.parse(array, cpu.find_rows(array)), cuda.parse(array, cuda.find_rows(array))
 
 
+def columns_of(device) -> np.ndarray:
+    """Values of a slab on the device, on the host: uint32 [n, 40]."""
+    return cuda.rows_of(device, Reused())().view(np.uint32)
+
+
 def same(device, host) -> None:
     np.testing.assert_array_equal(cuda.download(device), host)
 
 
 def same_values(device, host) -> None:
-    np.testing.assert_array_equal(cuda.memory_of_columns(device) if len(host) else np.empty((0, 40)), host)
+    np.testing.assert_array_equal(columns_of(device), host)
 
 
 def parse() -> None:
@@ -67,7 +72,7 @@ def parse() -> None:
         (values, missing, faults), (on_device, missing_there, faults_there) = parsed(text)
         np.testing.assert_array_equal(faults, faults_there, err_msg=name)
         good = faults == 0
-        np.testing.assert_array_equal(cuda.memory_of_columns(on_device)[good], values[good], err_msg=name)
+        np.testing.assert_array_equal(columns_of(on_device)[good], values[good], err_msg=name)
         np.testing.assert_array_equal(cuda.download(missing_there)[good], missing[good], err_msg=name)
 
 
@@ -75,9 +80,7 @@ def slab_functions() -> None:
     for name in ("ragged", "empty fields", "nothing"):
         (values, missing, _), (on_device, missing_there, _) = parsed(texts()[name])
         np.testing.assert_array_equal(cuda.labels(on_device), cpu.labels(values))
-        np.testing.assert_array_equal(cuda.count_missing(missing_there), cpu.count_missing(missing))
-        if len(values):
-            assert cuda.smallest(on_device) == cpu.smallest(values)
+        assert cuda.summarize(on_device, missing_there) == cpu.summarize(values, missing)
         keep = np.arange(len(values)) % 3 != 1
         kept, kept_there = cpu.keep_rows(values, missing, keep), cuda.keep_rows(on_device, missing_there, keep)
         same_values(kept_there[0], kept[0])
@@ -88,11 +91,11 @@ def slab_functions() -> None:
             cpu.integers(host, missing, shift, empty_value)
             cuda.integers(there, missing_there, shift, empty_value)
             same_values(there, host)
-        np.testing.assert_array_equal(cuda.rows_of(on_device, Reused()), cpu.rows_of(values, Reused()))
+        np.testing.assert_array_equal(cuda.rows_of(on_device, Reused())(), cpu.rows_of(values, Reused())())
         first = first_number(3) + 5
         for buckets in (1, 7):
-            numbered, ends = cpu.group(values, first, 9, buckets, Reused())
-            there, ends_there = cuda.group(on_device, first, 9, buckets, Reused())
+            numbered, ends = cpu.group(values, first, 9, buckets, Reused())()
+            there, ends_there = cuda.group(on_device, first, 9, buckets, Reused())()
             np.testing.assert_array_equal(ends, ends_there)
             for begin, end in zip([0, *ends[:-1]], ends, strict=True):
                 np.testing.assert_array_equal(np.sort(there[begin:end], order="row"), numbered[begin:end])
@@ -115,7 +118,7 @@ def dictionaries() -> None:
             there.code(*piece_there, begin)
             for column, new in zip(keys, there.new_keys(), strict=True):
                 column.append(new)
-            coded = cuda.memory_of_columns(piece_there[0])
+            coded = columns_of(piece_there[0])
             found = [counts.keys for counts in there.counts().columns]
             for c in range(26):
                 values_there = np.concatenate([[0], found[c]])[coded[:, 14 + c]]
@@ -137,13 +140,18 @@ def finish() -> None:
     ids = tuple(random.integers(0, 1000, 30 + c).astype(np.int32) for c in range(26))
     coded = random.integers(0, 30, (ROWS, 40)).astype(np.int32)
     coded[0, 1:14] = 2**31 - 1
-    order, shifts = random.permutation(ROWS)[: ROWS - 3], random.integers(-3, 3, ROWS)
-    here, there = np.empty((len(order), 40), np.int32), np.empty((len(order), 40), np.int32)
-    for finisher, records in ((cpu.Finisher(ids), here), (cuda.Finisher(ids), there)):
-        finisher.take(coded, shifts)
-        for begin in range(0, len(order), 30):
-            finisher.finish(order[begin : begin + 30], records[begin : begin + 30])
-    np.testing.assert_array_equal(here, there)
+    shifts, numbers = random.integers(-3, 3, ROWS), random.permutation(ROWS)
+    for words in (coded, np.hstack([coded[:, :2], coded])):
+        for shuffled in (False, True):
+            found = []
+            for kernels in (cpu, cuda):
+                finisher, records = kernels.Finisher(ids), np.empty((ROWS, 40), np.int32)
+                finisher.take(words, shifts, kernels.shuffled(numbers, 5) if shuffled else None)
+                for begin in range(0, ROWS, ROWS // 2 - 3):
+                    end = min(begin + ROWS // 2 - 3, ROWS)
+                    assert finisher.finish(begin, end, records[begin:end])() is not None
+                found.append(records)
+            np.testing.assert_array_equal(*found)
 
 
 def encode() -> None:

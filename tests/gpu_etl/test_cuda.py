@@ -18,11 +18,12 @@ CASES = ["parse", "slab_functions", "dictionaries", "finish", "encode", "memory_
 COMPILE = """
 import sys
 from bench import kernels
-from gpu_etl import cuda, cuda_dictionary
+from gpu_etl import cuda, cuda_dictionary, cuda_encode, cuda_rows
 
 capability = tuple(int(number) for number in sys.argv[1].split("."))
 launched = {kernel.py_func.__name__ for kernel in kernels.signatures()}
-every = {k.py_func.__name__ for module in (cuda, cuda_dictionary) for k in vars(module).values()
+every = {k.py_func.__name__ for module in (cuda, cuda_dictionary, cuda_encode, cuda_rows)
+         for k in vars(module).values()
          if hasattr(k, "py_func") and type(k).__module__.startswith("numba.cuda")}
 assert every == launched == set(kernels.ROW_BYTES), every ^ launched
 for name, ptx in kernels.compile_all(capability).items():
@@ -47,14 +48,14 @@ def test_in_the_simulator(case):
 
 @pytest.mark.parametrize("capability", ["8.0", "9.0", "10.0"])
 def test_every_kernel_compiles(capability):
-    assert "compiled 15" in run(["-c", COMPILE, capability])
+    assert "compiled 17" in run(["-c", COMPILE, capability])
 
 
 def test_no_kernel_spills_registers():
     if not shutil.which("ptxas"):
         pytest.skip("no ptxas on the PATH")
     kernels = json.loads(run(["-m", "bench", "kernels"]).splitlines()[-1])["kernels"]
-    assert len(kernels) == 15
+    assert len(kernels) == 17
     for name, found in kernels.items():
         assert found["spill_bytes"] == found["stack_bytes"] == 0 and found["registers"] <= 64, name
 

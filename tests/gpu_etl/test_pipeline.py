@@ -84,8 +84,8 @@ def test_bytes_do_not_depend_on_days_being_read_side_by_side(day_files, tmp_path
     encode_days(day_files, tmp_path / "one", settings)
     real = extract.read_day
 
-    def late_first_day(source, day, slab_bytes, skip):
-        for slab in real(source, day, slab_bytes, skip):
+    def late_first_day(source, day, *arguments):
+        for slab in real(source, day, *arguments):
             if day == 0:
                 time.sleep(0.01)  # so that later days come first
             yield slab
@@ -118,7 +118,8 @@ def test_shuffle_does_not_depend_on_its_buckets(tmp_path):
         buckets = Buckets(tmp_path, count, seed=3, kept=[0])
         for begin in reversed(range(0, len(rows), step)):  # any order will do
             buckets.add(*group(rows[begin : begin + step], begin, 3, count, Reused()))
-        shuffled = [numbered["coded"][order] for numbered, order in buckets.ordered()]
+        whole = buckets.whole(0, [Reused(), Reused(), Reused()])
+        shuffled = [rows_["coded"][cpu.shuffled(rows_["row"], 3)] for rows_ in whole]
         orders.append(np.concatenate(shuffled)[:, 0] // 40)
         for bucket in range(count):
             buckets.remove(bucket)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from gpu_etl import encoding, shuffle
+from gpu_etl import cpu, encoding, shuffle
 from gpu_etl.errors import DataError
 from gpu_etl.journal import Journal
 from gpu_etl.pipeline import Settings, encode_days
@@ -24,11 +24,12 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 import threading
-from gpu_etl import encoding, formats, journal, pipeline, shuffle, spill
+from gpu_etl import cpu, encoding, formats, journal, pipeline, shuffle, spill
 from gpu_etl.pipeline import Settings
 
 point, torn, out, *days = sys.argv[1:]
-encoding.ENCODE_ROWS, shuffle.BUCKET_BYTES = int(os.environ["STEP"]), int(os.environ["BUCKET"])
+cpu.ENCODE_ROWS = encoding.SCATTER_ROWS = int(os.environ["STEP"])
+shuffle.BUCKET_BYTES = int(os.environ["BUCKET"])
 calls = 0
 lock = threading.Lock()
 
@@ -78,7 +79,8 @@ def digests(folder):
 
 @pytest.fixture
 def small_steps(monkeypatch):
-    monkeypatch.setattr(encoding, "ENCODE_ROWS", STEP)
+    monkeypatch.setattr(cpu, "ENCODE_ROWS", STEP)
+    monkeypatch.setattr(encoding, "SCATTER_ROWS", STEP)
     monkeypatch.setattr(shuffle, "BUCKET_BYTES", BUCKET)
 
 
@@ -141,12 +143,11 @@ def test_a_resumed_run_does_not_parse_again_what_was_parsed(day_files, tmp_path,
     done = [json.loads(line) for line in (tmp_path / ".work" / "journal.jsonl").read_text().splitlines()]
     rows = sum(event["slab"]["read"] for event in done if "slab" in event)
     assert rows > 500
-    from gpu_etl import cpu
-
     parsed = []
     real = cpu.parse
     monkeypatch.setattr(cpu, "parse", lambda text, ends, memory: parsed.append(len(ends)) or real(text, ends, memory))
-    monkeypatch.setattr(encoding, "ENCODE_ROWS", STEP)
+    monkeypatch.setattr(cpu, "ENCODE_ROWS", STEP)
+    monkeypatch.setattr(encoding, "SCATTER_ROWS", STEP)
     monkeypatch.setattr(shuffle, "BUCKET_BYTES", BUCKET)
     encode_days(day_files, tmp_path, SETTINGS)
     assert sum(parsed) == 1052 - rows

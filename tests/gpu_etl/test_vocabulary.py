@@ -81,8 +81,8 @@ def test_codes_lead_to_the_ids_that_encode_finds(name):
     found = np.empty((900, 40), np.int32)
     coded = np.ascontiguousarray(coded).view(np.int32)
     finisher = cpu.Finisher(ids)
-    finisher.take(coded, np.zeros(900, np.int64))
-    finisher.finish(order, found)
+    finisher.take(coded, np.zeros(900, np.int64), order)
+    finisher.finish(0, len(order), found)
     assert found.tolist() == cpu.encode(values, missing, words.lookup(), preset)[order].tolist()
 
     # Dictionaries that take over their keys and rows count the same, and go on with the same codes.
