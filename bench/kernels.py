@@ -20,7 +20,7 @@ SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) b
 # Bytes of device memory that a kernel has to move for a row: text, values [40], missing, ends, faults, coded rows.
 ROW_BYTES = {
     "_count_newlines": TEXT_ROW, "_write_newlines": TEXT_ROW + 8, "_parse": TEXT_ROW + 8 + 160 + 8 + 4,
-    "_keep": 2 * 168, "_summarize": 8 * 40 + 14 * 4, "_integers": 2 * 4 * 13 + 8 * 13,
+    "_keep": 2 * 168, "_summarize": 8 + 14 * 4, "_integers": 2 * 4 * 13 + 8 * 13,
     "_insert": 26 * (4 + 8 + 8), "_number": 0, "_collect": 0, "_code": 26 * (2 * 4 + 8 + 8), "_count_buckets": 8,
     "_take_places": 16, "_scatter": 160 + 8 + 168, "_keys": 16, "_finish": 160 + 8 + 8 + 26 * 4 + 160,
     "_recount": 26 * (4 + 16) + 8, "_enter": 0,
