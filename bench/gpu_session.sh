@@ -25,6 +25,7 @@ for device in cpu $([ "$DEVICE" = cpu ] || echo "$DEVICE"); do
     step "encode_$device" "$PY" -m gpu_etl encode "$DATA"/days/day_? --out "$DATA/$device" --device "$device"
 done
 [ "$DEVICE" = cpu ] || step same_bytes diff -r "$DATA/cpu" "$DATA/$DEVICE"
+step slab "$PY" -m bench slab --device "$DEVICE"
 step etl "$PY" -m bench etl --rows "$ROWS" --repeat 3 --device "$DEVICE"
 step train "$PY" -m bench train --device "$DEVICE" --batch_size 2048 16384 65536 --seconds "$SECONDS_EACH"
 step learn "$PY" train.py --dataset "$DATA/cpu" @criteo_kaggle --shuffle_batch_order --device "$DEVICE"

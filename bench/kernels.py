@@ -26,6 +26,32 @@ ROW_BYTES = {
     "_recount": 26 * (4 + 16) + 8, "_enter": 0,
 }  # fmt: skip
 
+# The same where a look-up or an atomic outside the caches moves a whole sector of 32 bytes.
+SECTOR_BYTES = ROW_BYTES | {
+    "_insert": 26 * (4 + 32 + 8), "_code": 26 * (2 * 4 + 3 * 32), "_scatter": 160 + 8 + 192,
+    "_finish": 192 + 16 + 26 * 32 + 160,
+}  # fmt: skip
+# What the predictions rest on: an H200's memory, the share of it that kernels of this kind reach, PCIe 5 x16 each way.
+MEMORY, SHARE, BUS = 4.8e12, 0.6, 55e9
+COUNT_PASS = ("_count_newlines", "_write_newlines", "_parse", "_summarize", "_integers", "_insert", "_code",
+              "_count_buckets", "_take_places", "_scatter")  # fmt: skip
+ENCODE_PASS = ("_keys", "_finish")
+
+
+def predict() -> dict:
+    """GB/s of text that an H200 should reach: by each kernel, by all, and by the bus, which both passes cross twice."""
+    rate = lambda size: round(TEXT_ROW / (size / (MEMORY * SHARE)) / 1e9, 1)  # noqa: E731
+    passes = sum(SECTOR_BYTES[name] for name in COUNT_PASS + ENCODE_PASS)
+    bus = max(TEXT_ROW, 168) + max(168 + 16, 160)
+    return {
+        "assumed": f"{MEMORY / 1e12} TB/s of memory, {SHARE:.0%} of it reached, {BUS / 1e9:.0f} GB/s each way on the bus",
+        "kernels_text_gigabytes_per_second": {
+            name.lstrip("_"): rate(SECTOR_BYTES[name]) for name in COUNT_PASS + ENCODE_PASS
+        },
+        "device_text_gigabytes_per_second": rate(passes),
+        "bus_text_gigabytes_per_second": round(TEXT_ROW / (bus / BUS) / 1e9, 1),
+    }
+
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of this benchmark."""
@@ -106,4 +132,4 @@ def measure(args: argparse.Namespace) -> dict:
             "shared_bytes": int(smem[1]) if smem else 0, "bytes_a_row": ROW_BYTES[name],
         }  # fmt: skip
         print(f"{name.lstrip('_'):16} {found[name.lstrip('_')]}", file=sys.stderr)
-    return {"capability": args.capability, "kernels": found}
+    return {"capability": args.capability, "kernels": found, "predicted_not_measured": predict()}

@@ -206,11 +206,11 @@ def encode_days(inputs: list[Path], out: Path, settings: Settings) -> tuple[mani
             if not existed and not any(out.iterdir()):
                 out.rmdir()
             raise
-        except Exception as error:
-            if not isinstance(error, OSError):
-                raise backend.explain(error) from error
+        except OSError as error:
             advice = "mend that, then give the same command again: it goes on where it was"
             raise OSError(error.errno, f"{error.strerror or error}; {advice}", error.filename or str(out)) from error
+        except Exception as error:
+            raise backend.explain(error) from error
         finally:
             journal.close()
     else:

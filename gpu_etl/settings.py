@@ -10,6 +10,11 @@ MIN_SLAB_BYTES = 1 << 10
 BAD_ROWS = ("error", "skip")
 
 
+def without_bad_rows(shaping: dict) -> dict:
+    """Settings.shaping() but for what is done about bad rows."""
+    return {name: value for name, value in shaping.items() if name != "bad_rows"}
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything that shapes the encoded bytes, and what does not: device, threads, workers, scheduler, slab_bytes,

@@ -8,7 +8,7 @@ from gpu_etl import manifest
 from gpu_etl.errors import DataError
 from gpu_etl.extract import Source
 from gpu_etl.schema import RECORD_BYTES, Preset
-from gpu_etl.settings import Settings
+from gpu_etl.settings import Settings, without_bad_rows
 from gpu_etl.shuffle import bucket_count
 from gpu_etl.spill import NUMBERED
 
@@ -20,7 +20,7 @@ ASSUMED_TEXT_ROW_BYTES = 220
 def describe_job(sources: list[Source], settings: Settings) -> dict:
     """What makes an unfinished run the same run: not what is done about bad rows, as there were none so far."""
     return {
-        "settings": {name: value for name, value in settings.shaping().items() if name != "bad_rows"},
+        "settings": without_bad_rows(settings.shaping()),
         "sources": [{"file": source.path.name, "bytes": source.size} for source in sources],
         "buckets": bucket_count(_guess_rows(sources, settings.preset)) if settings.shuffle else 0,
         "cluster": settings.on_cluster,
@@ -39,8 +39,7 @@ def finished(out: Path, job: dict) -> manifest.Manifest | None:
         return None
     found = manifest.Manifest.read(out)
     sources = [{"file": source["file"], "bytes": source["bytes"]} for source in found.sources]
-    settings = {name: value for name, value in found.settings.items() if name != "bad_rows"}
-    if settings == job["settings"] and sources == job["sources"]:
+    if without_bad_rows(found.settings) == job["settings"] and sources == job["sources"]:
         return found
     raise DataError(
         f"{out}: a finished data set is there already, made of other files or with other settings; "

@@ -16,6 +16,7 @@ from tests.conftest import ROOT
 SMALL = {
     "quickstart": ["--rows", "6000"],
     "etl": ["--rows", "3000"],
+    "slab": ["--rows", "2000", "--repeat", "1"],
     "load": ["--rows", "5000", "--batch_size", "1000", "--repeat", "1"],
     "train": ["--model_config", "MODEL", "--batch_size", "64", "--seconds", "0.1"],
 }
