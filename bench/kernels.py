@@ -44,7 +44,7 @@ def predict() -> dict:
     passes = sum(SECTOR_BYTES[name] for name in COUNT_PASS + ENCODE_PASS)
     bus = max(TEXT_ROW, 168) + max(168 + 16, 160)
     return {
-        "assumed": f"{MEMORY / 1e12} TB/s of memory, {SHARE:.0%} of it reached, {BUS / 1e9:.0f} GB/s each way on the bus",
+        "assumed": f"{MEMORY / 1e12} TB/s of memory, of which {SHARE:.0%} reached; bus {BUS / 1e9:.0f} GB/s each way",
         "kernels_text_gigabytes_per_second": {
             name.lstrip("_"): rate(SECTOR_BYTES[name]) for name in COUNT_PASS + ENCODE_PASS
         },
