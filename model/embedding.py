@@ -2,24 +2,63 @@
 
 Interface of every embedding module: forward(sparse int32 [B, T]) -> float32 [B, T, D]; in training, the rows looked up
 take a step of `optimizer` (optimizers.py) with the sum of the gradients of all their look-ups during backward. The
-learning rate is read from the scalar tensor `lr`, the number of the step (from 1) from `step`; gradients are divided by
-`loss_scale` first.
+learning rate is read from the scalar tensor `lr`; `step`, the number of the step (from 1), and `loss_scale`, which the
+gradients are divided by first, are numbers to set before each step. On a GPU all three are read from device memory, so
+that a CUDA graph sees what was set before its replay (set them outside of it).
 """
+
+import weakref
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model import kernels
+from model.config import ConfigError
 from model.optimizers import Optimizer
+
+PLACEMENTS = ("device", "host")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How tables are kept. dtype: float32, bfloat16 or float16; half types are rounded stochastically after a step, or
+    to nearest without `stochastic`. placement: "device", or "host": memory of the host, which a GPU reads and writes
+    in place, over its bus, so that tables larger than its memory can be trained, slower."""
+
+    dtype: torch.dtype = torch.float32
+    stochastic: bool = True
+    placement: str = "device"
+
+
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether Triton kernels work on this tensor."""
+    return tensor.is_cuda
+
+
+def _pinned(weight: torch.Tensor, owner: nn.Module) -> torch.Tensor:
+    """The same tensor, its memory opened to the GPU where it lies, as long as the owner lives. Raises ConfigError.
+
+    Not torch's pin_memory(): its allocator rounds up to a power of two.
+    """
+    status = torch.cuda.cudart().cudaHostRegister(weight.data_ptr(), weight.numel() * weight.element_size(), 0)
+    if int(status):
+        raise ConfigError(
+            f"--table_placement host: {weight.numel() * weight.element_size():,} bytes of host memory could not be "
+            f"pinned (CUDA error {int(status)}); check `ulimit -l` and free memory, or take smaller tables"
+        )
+    weakref.finalize(owner, torch.cuda.cudart().cudaHostUnregister, weight.data_ptr())
+    return weight
 
 
 class _Lookup(torch.autograd.Function):
-    """weight [R, D], index int64 [N] -> rows [N, D]; backward lets the module update its weight in place."""
+    """weight [R, D], index int64 [N] -> rows float32 [N, D]; backward lets the module update its weight in place."""
 
     @staticmethod
     def forward(ctx, weight, index, module):
         ctx.index, ctx.module = index, module
-        return F.embedding(index, weight)
+        return module.gather(index)
 
     @staticmethod
     def backward(ctx, grad):
@@ -30,22 +69,75 @@ class _Lookup(torch.autograd.Function):
 class _Tables(nn.Module):
     """T tables stacked into one weight [sum of sizes, D], and the shift from ids to its rows."""
 
-    def __init__(self, sizes: tuple[int, ...], dim: int, hash_indices: bool, optimizer: Optimizer = Optimizer()):  # noqa: B008
+    def __init__(
+        self, sizes: tuple[int, ...], dim: int, hash_indices: bool, optimizer: Optimizer = Optimizer(),  # noqa: B008
+        storage: Storage = Storage(),
+    ):  # fmt: skip
         super().__init__()
-        self.optimizer, self._rule = optimizer, optimizer.table_rule()
-        self.step, self.loss_scale = 0, 1.0
+        self.optimizer, self.storage = optimizer, storage
+        self._rule = optimizer.table_rule(storage.stochastic)
         self.sizes, self.dim, self.hash_indices = tuple(sizes), dim, hash_indices
-        self.weight = nn.Parameter(torch.empty(sum(sizes), dim))
         begins = torch.tensor([0, *sizes]).cumsum(0)
         self.register_buffer("begins", begins[:-1].clone(), persistent=False)
         self.register_buffer("limits", torch.tensor(sizes), persistent=False)
         self.register_buffer("lr", torch.zeros(()), persistent=False)
+        self.register_buffer("_step_number", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("_scale", torch.ones(()), persistent=False)
+        self.step, self.loss_scale = 0, 1.0
+        self.weight = nn.Parameter(self._new_weight())
         for name, tensor in optimizer.table_state(sum(sizes), dim).items():
-            self.register_buffer(f"state_{name}", tensor.to(self.weight.device), persistent=False)
-        with torch.no_grad():
-            for table in self.tables():
-                bound = len(table) ** -0.5
+            self.register_buffer(f"state_{name}", tensor.to(self.lr.device), persistent=False)
+        self._draw()
+
+    def _new_weight(self) -> torch.Tensor:
+        shape, dtype = (sum(self.sizes), self.dim), self.storage.dtype
+        if self.storage.placement == "device":
+            return torch.empty(shape, dtype=dtype)
+        weight = torch.empty(shape, dtype=dtype, device="cpu")
+        if not on_gpu(self.lr):
+            return weight
+        if not self.has_kernels:
+            raise ConfigError(
+                "--table_placement host: expected an embedding_dim that is a multiple of 8, up to "
+                f"{kernels.MOST_COLUMNS}, and up to {kernels.MOST_TABLES} tables; got {self.dim} and {len(self.sizes)}"
+            )
+        return _pinned(weight, self)
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        """Uniform between -1 and 1 over the root of the table's size; the same numbers, rounded, for half types."""
+        for table in self.tables():
+            bound = len(table) ** -0.5
+            if table.dtype == torch.float32:
                 table.uniform_(-bound, bound)
+                continue
+            for part in table.split(1 << 20):
+                part.copy_(torch.empty_like(part, dtype=torch.float32).uniform_(-bound, bound))
+
+    @property
+    def step(self) -> int:
+        """Number of the step, from 1."""
+        return self._number
+
+    @step.setter
+    def step(self, number: int) -> None:
+        self._number = number
+        self._step_number.fill_(number)
+
+    @property
+    def loss_scale(self) -> float:
+        """What gradients are divided by."""
+        return self._divisor
+
+    @loss_scale.setter
+    def loss_scale(self, scale: float) -> None:
+        self._divisor = scale
+        self._scale.fill_(scale)
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether the Triton kernels know this shape."""
+        return kernels.supported(len(self.sizes), self.dim)
 
     def tables(self) -> tuple[torch.Tensor, ...]:
         """Views [size, D] of the single tables."""
@@ -61,7 +153,11 @@ class _Tables(nn.Module):
         loss_scale."""
         if self.loss_scale != 1.0:
             grad = grad / self.loss_scale
-        self._rule(self.weight, self.state(), index, grad, self.lr, self.step)
+        self._rule(self.weight, self.state(), index, grad.to(self.lr.dtype), self.lr, self.step)
+
+    def gather(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows float32 [N, D] of the joint weight for index int64 [N]."""
+        return F.embedding(index, self.weight).to(self.lr.dtype)
 
     def rows(self, sparse: torch.Tensor) -> torch.Tensor:
         """Rows of the joint weight, int64 [B * T], for ids int32 [B, T]."""
@@ -72,14 +168,35 @@ class _Tables(nn.Module):
 
 
 class JointEmbedding(_Tables):
-    """The tables with the update fused into backward."""
+    """The tables with the update fused into backward; on a GPU by the kernels of model/kernels, where they know the
+    shape. All is deterministic: equal input, equal bits."""
 
     def forward(self, sparse: torch.Tensor) -> torch.Tensor:
         """ids int32 [B, T] -> vectors float32 [B, T, D]."""
         index = self.rows(sparse)
-        if torch.is_grad_enabled():
-            return _Lookup.apply(self.weight, index, self).view(*sparse.shape, self.dim)
-        return F.embedding(index, self.weight).view(*sparse.shape, self.dim)
+        found = _Lookup.apply(self.weight, index, self) if torch.is_grad_enabled() else self.gather(index)
+        return found.view(*sparse.shape, self.dim)
+
+    def gather(self, index: torch.Tensor) -> torch.Tensor:
+        """See _Tables."""
+        if self.weight.device == index.device:
+            return super().gather(index)
+        from model.kernels.lookup import gather
+
+        return gather(self.weight.detach(), index)
+
+    @torch.no_grad()
+    def update(self, index: torch.Tensor, grad: torch.Tensor) -> None:
+        """See _Tables."""
+        if not (on_gpu(grad) and self.has_kernels):
+            return super().update(index, grad)
+        from model.kernels.update import update
+
+        rule = self.optimizer
+        update(
+            self.weight, self.state(), index, grad, rule.name, rule.epsilon, rule.betas, self.lr, self._scale,
+            self._step_number, self.storage.stochastic,
+        )  # fmt: skip
 
 
 class TorchEmbedding(_Tables):
@@ -91,7 +208,8 @@ class TorchEmbedding(_Tables):
 
     def forward(self, sparse: torch.Tensor) -> torch.Tensor:
         """ids int32 [B, T] -> vectors float32 [B, T, D]."""
-        return F.embedding(self.rows(sparse), self.weight, sparse=True).view(*sparse.shape, self.dim)
+        found = F.embedding(self.rows(sparse), self.weight, sparse=True)
+        return found.to(self.lr.dtype).view(*sparse.shape, self.dim)
 
     def _step(self, weight: torch.Tensor) -> None:
         gradient = weight.grad.coalesce()
