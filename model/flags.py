@@ -242,7 +242,7 @@ def check(args: argparse.Namespace) -> None:
     if args.amp and args.fp16:
         raise ConfigError("--amp (bfloat16) and --fp16 (float16): choose one")
     if args.table_placement == "host" and not args.use_embedding_ext:
-        raise ConfigError("--table_placement host: expected --use_embedding_ext, torch's sparse gradients cannot do that")
+        raise ConfigError("--table_placement host: expected --use_embedding_ext")
     if args.test_only:
         args.mode = "test"
     if args.mode != "train" and not args.ckpt:

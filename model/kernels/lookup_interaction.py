@@ -117,8 +117,8 @@ def _precision() -> str:
 def _check(bottom: torch.Tensor, tables: int, dim: int) -> None:
     if not supported(tables, dim):
         raise ValueError(
-            f"expected up to {MOST_TABLES} tables and a dim that is a multiple of 8, up to {MOST_COLUMNS}; got {tables} and "
-            f"{dim}; use the torch code"
+            f"expected up to {MOST_TABLES} tables and a dim that is a multiple of 8, up to {MOST_COLUMNS}; "
+            f"got {tables} tables of dim {dim}; use the torch code"
         )
     if bottom.shape[1:] != (dim,) or not bottom.is_contiguous():
         raise ValueError(f"bottom: expected a contiguous tensor [B, {dim}], got {tuple(bottom.shape)}")

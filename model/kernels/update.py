@@ -20,14 +20,18 @@ from model.kernels import MOST_COLUMNS, supported
 from model.kernels.arithmetic import matrix_sum, random_bits, stochastically_rounded
 from model.kernels.cost import Cost, Shape
 
-TILE = 4096  # elements of a piece's tile: 16 a thread
-PARTIALS = 8192  # elements of partial sums added up at a time
-WARPS = 8
+TILE = 4096  # elements of a piece's tile, where a piece has 16 to 64 look-ups
+PARTIALS, SPANNING_WARPS = 8192, 8  # elements of partial sums added up at a time, 32 a thread
 
 
 def piece_length(dim: int) -> int:
     """Look-ups of a piece; 16 is the least that the matrix units take."""
     return max(16, min(64, TILE // triton.next_power_of_2(dim)))
+
+
+def piece_warps(dim: int) -> int:
+    """Warps of a piece's program: 16 elements of the tile a thread."""
+    return max(4, piece_length(dim) * triton.next_power_of_2(dim) // (16 * 32))
 
 
 @triton.jit
@@ -168,13 +172,14 @@ def update(
     scalars = lr, scale, step, lookups
     _step_pieces[(pieces,)](
         keys, places, grads.contiguous(), partials, weight, sums, squares, *scalars, dim, columns, piece, *last,
-        num_warps=WARPS,
+        num_warps=piece_warps(dim),
     )  # fmt: skip
     if pieces > 1:
         group = PARTIALS // columns
         _step_spanning[(pieces - 1,)](
-            keys, partials, weight, sums, squares, *scalars, dim, columns, piece, group, *last, num_warps=WARPS
-        )
+            keys, partials, weight, sums, squares, *scalars, dim, columns, piece, group, *last,
+            num_warps=SPANNING_WARPS,
+        )  # fmt: skip
 
 
 def update_cost(s: Shape, rule: str = "sgd") -> Cost:
