@@ -200,7 +200,7 @@ class JointEmbedding(_Tables):
 
 
 class TorchEmbedding(_Tables):
-    """The same through torch's own sparse gradients: slower, the specification of JointEmbedding."""
+    """The same through torch's own sparse gradients: slower, the specification of JointEmbedding. float32 only."""
 
     def __init__(self, *settings):
         super().__init__(*settings)
@@ -208,8 +208,7 @@ class TorchEmbedding(_Tables):
 
     def forward(self, sparse: torch.Tensor) -> torch.Tensor:
         """ids int32 [B, T] -> vectors float32 [B, T, D]."""
-        found = F.embedding(self.rows(sparse), self.weight, sparse=True)
-        return found.to(self.lr.dtype).view(*sparse.shape, self.dim)
+        return F.embedding(self.rows(sparse), self.weight, sparse=True).view(*sparse.shape, self.dim)
 
     def _step(self, weight: torch.Tensor) -> None:
         gradient = weight.grad.coalesce()

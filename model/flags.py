@@ -241,8 +241,8 @@ def check(args: argparse.Namespace) -> None:
     """Raise ConfigError where flags contradict each other or a number is out of range."""
     if args.amp and args.fp16:
         raise ConfigError("--amp (bfloat16) and --fp16 (float16): choose one")
-    if args.table_placement == "host" and not args.use_embedding_ext:
-        raise ConfigError("--table_placement host: expected --use_embedding_ext")
+    if storage(args) != Storage() and not args.use_embedding_ext:
+        raise ConfigError("--embedding_dtype, --stochastic_rounding, --table_placement: only with --use_embedding_ext")
     if args.test_only:
         args.mode = "test"
     if args.mode != "train" and not args.ckpt:
