@@ -52,9 +52,9 @@ def variants(tables: int, dim: int, matrices: str, weights: str, rule: str) -> d
     tile = {"TABLES": tables, "DIM": dim, "SELF": False, "PRECISION": "tf32x3", "VECTORS": vectors, "CHUNK": chunk}
     columns, piece = max(16, triton.next_power_of_2(dim)), update.piece_length(dim)
     step = {"DIM": dim, "COLUMNS": columns, "PIECE": piece, "RULE": rule, "EPS": 1e-8, "BETA1": 0.9, "BETA2": 0.999,
-            "STOCHASTIC": weights != "float32"}  # fmt: skip
+            "STOCHASTIC": weights != "float32", "SKIPS": True}  # fmt: skip
     stepped = {"keys": "*i32", "partials": "*fp32", "weight": w, "sums": "*fp32", "squares": "*fp32", "lr": "*fp32",
-               "scale": "*fp32", "step": "*i64", "lookups": "i32"}  # fmt: skip
+               "scale": "*fp32", "step": "*i64", "skip": "*fp32", "lookups": "i32"}  # fmt: skip
     return {
         "forward": Variant(
             lookup_interaction._forward,

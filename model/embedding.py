@@ -2,9 +2,9 @@
 
 Interface of every embedding module: forward(sparse int32 [B, T]) -> float32 [B, T, D]; in training, the rows looked up
 take a step of `optimizer` (optimizers.py) with the sum of the gradients of all their look-ups during backward. The
-learning rate is read from the scalar tensor `lr`; `step`, the number of the step (from 1), and `loss_scale`, which the
-gradients are divided by first, are numbers to set before each step. On a GPU all three are read from device memory, so
-that a CUDA graph sees what was set before its replay (set them outside of it).
+learning rate is read from the scalar tensor `lr`, the number of the step (from 1) from `step`; gradients are divided by
+`loss_scale` first. These two are set to a number, or once and for all to a scalar tensor. On a GPU all three are read
+from device memory, so that a CUDA graph sees what was set before its replay (set numbers outside of the graph).
 """
 
 import weakref
@@ -52,6 +52,11 @@ def _pinned(weight: torch.Tensor, owner: nn.Module) -> torch.Tensor:
     return weight
 
 
+def _scalar(buffer: torch.Tensor, value: float | torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or the buffer with the number in it."""
+    return value if isinstance(value, torch.Tensor) else buffer.fill_(value)
+
+
 class _Lookup(torch.autograd.Function):
     """weight [R, D], index int64 [N] -> rows float32 [N, D]; backward lets the module update its weight in place."""
 
@@ -81,8 +86,8 @@ class _Tables(nn.Module):
         self.register_buffer("begins", begins[:-1].clone(), persistent=False)
         self.register_buffer("limits", torch.tensor(sizes), persistent=False)
         self.register_buffer("lr", torch.zeros(()), persistent=False)
-        self.register_buffer("_step_number", torch.zeros((), dtype=torch.int64), persistent=False)
-        self.register_buffer("_scale", torch.ones(()), persistent=False)
+        self.register_buffer("_step_scalar", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("_scale_scalar", torch.ones(()), persistent=False)
         self.step, self.loss_scale = 0, 1.0
         self.weight = nn.Parameter(self._new_weight())
         for name, tensor in optimizer.table_state(sum(sizes), dim).items():
@@ -115,24 +120,22 @@ class _Tables(nn.Module):
                 part.copy_(torch.empty_like(part, dtype=torch.float32).uniform_(-bound, bound))
 
     @property
-    def step(self) -> int:
-        """Number of the step, from 1."""
-        return self._number
+    def step(self) -> int | torch.Tensor:
+        """Number of the step, from 1: a number, or an int64 scalar on the device."""
+        return self._step
 
     @step.setter
-    def step(self, number: int) -> None:
-        self._number = number
-        self._step_number.fill_(number)
+    def step(self, number: int | torch.Tensor) -> None:
+        self._step, self._step_scalar = number, _scalar(self._step_scalar, number)
 
     @property
-    def loss_scale(self) -> float:
-        """What gradients are divided by."""
-        return self._divisor
+    def loss_scale(self) -> float | torch.Tensor:
+        """What gradients are divided by: a number, or a float32 scalar on the device."""
+        return self._scale
 
     @loss_scale.setter
-    def loss_scale(self, scale: float) -> None:
-        self._divisor = scale
-        self._scale.fill_(scale)
+    def loss_scale(self, scale: float | torch.Tensor) -> None:
+        self._scale, self._scale_scalar = scale, _scalar(self._scale_scalar, scale)
 
     @property
     def has_kernels(self) -> bool:
@@ -148,12 +151,18 @@ class _Tables(nn.Module):
         return {name.removeprefix("state_"): buffer for name, buffer in self.named_buffers() if name[:6] == "state_"}
 
     @torch.no_grad()
-    def update(self, index: torch.Tensor, grad: torch.Tensor) -> None:
+    def update(self, index: torch.Tensor, grad: torch.Tensor, skip: torch.Tensor | None = None) -> None:
         """One optimiser step for the rows index int64 [N], of which grad float [N, D] are the gradients, times
-        loss_scale."""
-        if self.loss_scale != 1.0:
+        loss_scale. skip: a float32 scalar on the device; above 0, nothing changes."""
+        self._take_step(index, grad, skip)
+
+    def _take_step(self, index: torch.Tensor, grad: torch.Tensor, skip: torch.Tensor | None) -> None:
+        if skip is not None and skip > 0:
+            return
+        grad = grad.to(self.lr.dtype)
+        if isinstance(self.loss_scale, torch.Tensor) or self.loss_scale != 1.0:
             grad = grad / self.loss_scale
-        self._rule(self.weight, self.state(), index, grad.to(self.lr.dtype), self.lr, self.step)
+        self._rule(self.weight, self.state(), index, grad, self.lr, self.step)
 
     def gather(self, index: torch.Tensor) -> torch.Tensor:
         """Rows float32 [N, D] of the joint weight for index int64 [N]."""
@@ -185,17 +194,15 @@ class JointEmbedding(_Tables):
 
         return gather(self.weight.detach(), index)
 
-    @torch.no_grad()
-    def update(self, index: torch.Tensor, grad: torch.Tensor) -> None:
-        """See _Tables."""
+    def _take_step(self, index: torch.Tensor, grad: torch.Tensor, skip: torch.Tensor | None) -> None:
         if not (on_gpu(grad) and self.has_kernels):
-            return super().update(index, grad)
+            return super()._take_step(index, grad, skip)
         from model.kernels.update import update
 
         rule = self.optimizer
         update(
-            self.weight, self.state(), index, grad, rule.name, rule.epsilon, rule.betas, self.lr, self._scale,
-            self._step_number, self.storage.stochastic,
+            self.weight, self.state(), index, grad, rule.name, rule.epsilon, rule.betas, self.lr,
+            self._scale_scalar, self._step_scalar, self.storage.stochastic, skip,
         )  # fmt: skip
 
 
@@ -204,13 +211,13 @@ class TorchEmbedding(_Tables):
 
     def __init__(self, *settings):
         super().__init__(*settings)
-        self.weight.register_post_accumulate_grad_hook(self._step)
+        self.weight.register_post_accumulate_grad_hook(self._after_backward)
 
     def forward(self, sparse: torch.Tensor) -> torch.Tensor:
         """ids int32 [B, T] -> vectors float32 [B, T, D]."""
         return F.embedding(self.rows(sparse), self.weight, sparse=True).view(*sparse.shape, self.dim)
 
-    def _step(self, weight: torch.Tensor) -> None:
+    def _after_backward(self, weight: torch.Tensor) -> None:
         gradient = weight.grad.coalesce()
         weight.grad = None
         self.update(gradient.indices()[0], gradient.values())

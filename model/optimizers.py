@@ -60,14 +60,14 @@ def _summed(index: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torc
     return rows, grad.new_zeros(len(rows), grad.shape[1]).index_add_(0, place, grad)
 
 
-def stochastically_rounded(values: torch.Tensor, dtype: torch.dtype, seed: int) -> torch.Tensor:
+def stochastically_rounded(values: torch.Tensor, dtype: torch.dtype, seed: int | torch.Tensor) -> torch.Tensor:
     """float32 values as bfloat16 or float16: one of the two neighbours, each the likelier the nearer it is, so that a
     sum of many changes that are too small for a digit of the weight is right on average. Equal seeds, equal bits."""
     mantissa, least = {torch.bfloat16: (7, 2.0**-126), torch.float16: (10, 2.0**-24)}[dtype]
     digits = 23 - mantissa
     power = (values.view(torch.int32) & 0x7F800000).view(torch.float32)
     spacing = (power * 2.0**-mantissa).clamp_(min=least)
-    generator = torch.Generator(values.device).manual_seed(seed)
+    generator = torch.Generator(values.device).manual_seed(int(seed))
     random = torch.randint(1 << digits, values.shape, generator=generator, dtype=torch.float32, device=values.device)
     return (values / spacing).add_(random, alpha=2.0**-digits).floor_().mul_(spacing).to(dtype)
 

@@ -106,7 +106,7 @@ def _backward(
         kind = grad_tables.dtype.element_ty
         at = grad_tables + (sample * TABLES + vector[:, None] - 1) * DIM + column[None, :]
         tl.store(at, rounded(found, kind), mask=is_table[:, None] & inside[None, :])
-        at = grad_bottom + sample * DIM + vector[:, None] + column[None, :]
+        at = grad_bottom + sample * DIM + vector[:, None] * DIM + column[None, :]  # only vector 0; aligned for all
         tl.store(at, rounded(found + direct[None, :], kind), mask=(vector[:, None] == 0) & inside[None, :])
 
 

@@ -43,7 +43,7 @@ def _step_rows(
     inside = chosen & (column < DIM)
     at = rows * DIM + column
     rate = tl.load(lr).to(tl.float32)
-    total = total / tl.load(scale).to(tl.float32)
+    total = total * (1.0 / tl.load(scale).to(tl.float32))
     old = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     if RULE == "sgd":
         change = rate * total
@@ -64,10 +64,11 @@ def _step_rows(
         second += (1 - BETA2) * (total * total - second)
         tl.store(sums + at, first, mask=inside)
         tl.store(squares + at, second, mask=inside)
-        number = tl.load(step).to(tl.float32)
-        bias1 = 1 - tl.exp2(number * tl.log2(tl.full((), BETA1, tl.float32)))
-        bias2 = 1 - tl.exp2(number * tl.log2(tl.full((), BETA2, tl.float32)))
-        change = rate * tl.sqrt(bias2) / bias1 * first / (tl.sqrt(second) + EPS)
+        number = tl.load(step).to(tl.float64)  # 1 - 0.999 has no digits to spare
+        bias1 = 1 - tl.exp(number * tl.log(tl.full((), BETA1, tl.float64)))
+        bias2 = 1 - tl.exp(number * tl.log(tl.full((), BETA2, tl.float64)))
+        rate = rate * (tl.sqrt(bias2) / bias1).to(tl.float32)
+        change = rate * first / (tl.sqrt(second) + EPS)
     new = old - change
     if STOCHASTIC:
         bits = random_bits(tl.load(step), rows, column.shape[1])
@@ -78,13 +79,15 @@ def _step_rows(
 
 @triton.jit
 def _step_pieces(
-    keys, order, grads, partials, weight, sums, squares, lr, scale, step, lookups, DIM: tl.constexpr,
+    keys, order, grads, partials, weight, sums, squares, lr, scale, step, skip, lookups, DIM: tl.constexpr,
     COLUMNS: tl.constexpr, PIECE: tl.constexpr, RULE: tl.constexpr, EPS: tl.constexpr, BETA1: tl.constexpr,
-    BETA2: tl.constexpr, STOCHASTIC: tl.constexpr,
+    BETA2: tl.constexpr, STOCHASTIC: tl.constexpr, SKIPS: tl.constexpr,
 ):  # fmt: skip
     """See the top of the file: rows that lie in one piece whole take their step, others leave partial sums."""
     piece = tl.program_id(0)
     place, column = piece * PIECE + tl.arange(0, PIECE), tl.arange(0, COLUMNS)[None, :]
+    if SKIPS:
+        lookups = tl.where(tl.load(skip) > 0, 0, lookups)
     there = place < lookups
     key = tl.load(keys + place, mask=there, other=-1)
     before = tl.load(keys + place - 1, mask=there & (place > 0), other=-1)
@@ -109,15 +112,17 @@ def _step_pieces(
 
 @triton.jit
 def _step_spanning(
-    keys, partials, weight, sums, squares, lr, scale, step, lookups, DIM: tl.constexpr, COLUMNS: tl.constexpr,
+    keys, partials, weight, sums, squares, lr, scale, step, skip, lookups, DIM: tl.constexpr, COLUMNS: tl.constexpr,
     PIECE: tl.constexpr, GROUP: tl.constexpr, RULE: tl.constexpr, EPS: tl.constexpr, BETA1: tl.constexpr,
-    BETA2: tl.constexpr, STOCHASTIC: tl.constexpr,
+    BETA2: tl.constexpr, STOCHASTIC: tl.constexpr, SKIPS: tl.constexpr,
 ):  # fmt: skip
     """The row that begins in a piece and goes on: its partial sums of the pieces behind, added up; then its step."""
     piece = tl.program_id(0)
     end = (piece + 1) * PIECE
     key, following = tl.load(keys + end - 1), tl.load(keys + end)
     before = tl.load(keys + piece * PIECE - 1, mask=piece > 0, other=-1)
+    if SKIPS:
+        following = tl.where(tl.load(skip) > 0, -2, following)
     if (key == following) & (key != before):
         column = tl.arange(0, COLUMNS)[None, :]
         own = tl.load(partials + (piece.to(tl.int64) * 2 + 1) * DIM + column, mask=column < DIM, other=0.0)
@@ -146,14 +151,16 @@ def sort_lookups(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def update(
     weight: torch.Tensor, state: dict[str, torch.Tensor], rows: torch.Tensor, grads: torch.Tensor, rule: str,
     eps: float, betas: tuple[float, float], lr: torch.Tensor, scale: torch.Tensor, step: torch.Tensor,
-    stochastic: bool = True, order: tuple[torch.Tensor, torch.Tensor] | None = None,
+    stochastic: bool = True, skip: torch.Tensor | None = None,
+    order: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> None:  # fmt: skip
     """One step of the rows int [N] of weight [R, D], of which grads [N, D] are the gradients times `scale`, in place.
 
     state: the rule's (optimizers.table_state). lr, scale float32 and step int64: scalars on the device, so that a CUDA
-    graph sees their new values. stochastic: round half-precision weights stochastically, by (step, row, column). order:
-    what sort_lookups made of the rows, if it is known already. weight may lie in pinned host memory. Equal input gives
-    equal bits. Bytes: see update_cost.
+    graph sees their new values. stochastic: round half-precision weights stochastically, by (step, row, column).
+    skip: a float32 scalar on the device; where it is above 0, nothing changes. order: what sort_lookups made of the
+    rows, if that is known already. weight may lie in pinned host memory. Equal input gives equal bits. Bytes: see
+    update_cost.
     """
     lookups, dim = grads.shape
     if weight.shape[1] != dim or not supported(1, dim):
@@ -168,8 +175,8 @@ def update(
     pieces = triton.cdiv(lookups, piece)
     partials = torch.empty(pieces, 2, dim, device=grads.device)
     sums, squares = [*state.values(), partials, partials][:2]
-    last = (rule, eps, *betas, stochastic and weight.dtype != torch.float32)
-    scalars = lr, scale, step, lookups
+    last = rule, eps, *betas, stochastic and weight.dtype != torch.float32, skip is not None
+    scalars = lr, scale, step, scale if skip is None else skip, lookups
     _step_pieces[(pieces,)](
         keys, places, grads.contiguous(), partials, weight, sums, squares, *scalars, dim, columns, piece, *last,
         num_warps=piece_warps(dim),

@@ -42,11 +42,11 @@ def distance(found: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def no_worse(found: torch.Tensor, eager: torch.Tensor, truth: torch.Tensor, what) -> None:
-    """found is as near to the float64 truth as the eager code is, but for the chance in the last bit."""
+    """found is as near to the float64 truth as the eager code is, but for chance; float32: but for the last bit."""
     ours, theirs = distance(found, truth), distance(eager, truth)
-    slack = 1.05 if eager.dtype in HALF else 3
+    slack, last_bit = (1.05, 0.0) if eager.dtype in HALF else (3, 2**-23 * truth.square().mean().sqrt().item())
     assert found.dtype == eager.dtype and found.shape == eager.shape, what
-    assert ours <= slack * theirs + 1e-9, (what, ours, theirs)
+    assert ours <= slack * theirs + last_bit, (what, ours, theirs)
 
 
 def make_ids(sizes, batch, kind):
@@ -116,9 +116,10 @@ UPDATES = [
     (3, 333, 128, torch.bfloat16, lambda n: torch.randint(3, (n,))),
     (500, 200, 64, torch.float16, lambda n: torch.randperm(max(n, 500))[:n] % 500),
     (9, 5 * PIECE, 16, torch.float32, lambda n: torch.full((n,), 4)),
-    (9, 37 * PIECE + 5, 16, torch.bfloat16, lambda n: (torch.arange(n) * 9 // n).flip(0)),
+    (9, 19 * PIECE + 5, 16, torch.bfloat16, lambda n: (torch.arange(n) * 9 // n).flip(0)),
     (9, 3 * PIECE, 16, torch.float32, lambda n: torch.arange(n) // PIECE % 9),  # rows end where pieces end
     (20, 41, 512, torch.bfloat16, lambda n: torch.randint(20, (n,)).clamp(max=12)),
+    (3, 400, 512, torch.float32, lambda n: (torch.arange(n) > 30).long()),  # more pieces than are added up at a time
     (9, 1, 8, torch.float32, lambda n: torch.full((n,), 8)),
 ]
 
@@ -145,11 +146,15 @@ def updates() -> None:
         assert torch.equal(found, again), (name, case)
         results = []
         for kind in (torch.float32, torch.float64):
-            eager, remembered = weight.to(kind), {key: value.to(kind) for key, value in state.items()}
+            eager, *kept = (tensor.to(kind, copy=True) for tensor in (weight, *state.values()))
+            remembered = dict(zip(state, kept, strict=True))
             Optimizer(name).table_rule()(eager, remembered, rows, grads.to(kind) / 8, torch.tensor(0.1).to(kind), 3)
             results.append((eager, *remembered.values()))
         for ours, eager, truth in zip((found, *new_state.values()), *results, strict=True):
             no_worse(ours, eager, truth, (name, case))
+        for skip, expected in ((1.0, weight), (0.0, found)) if name == "rowwise_adagrad" else ():
+            again, _ = one_update(name, weight, state, rows, grads, skip=torch.tensor(skip, device=DEVICE))
+            assert torch.equal(again, expected), case
         others = torch.ones(height, dtype=torch.bool, device=DEVICE).index_fill_(0, rows, False)
         assert torch.equal(found[others], weight[others])
     nothing = torch.empty(0, dtype=torch.int32, device=DEVICE)
