@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from bench.command import BenchError
 from bench.train import make_batches, mlp_operations
 from model.config import ModelConfig, read_config
 from model.dlrm import DLRM
-from model.kernels.cost import H200, Cost, Shape
+from model.kernels.cost import BUS, H200, Cost, Shape
 
 CAPABILITIES = ("8.0", "9.0", "10.0")
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)")
@@ -45,7 +46,7 @@ def variants(tables: int, dim: int, matrices: str, weights: str, rule: str) -> d
     """Every kernel as the wrappers in model/kernels launch it for such a model, by its name."""
     import triton
 
-    from model.kernels import lookup, lookup_interaction, unpack, update
+    from model.kernels import lookup_interaction, staging, unpack, update
 
     m, w = "*" + TYPES[matrices], "*" + TYPES[weights]
     vectors, chunk, warps = lookup_interaction.launch(tables, dim, 4 if matrices == "float32" else 2)
@@ -72,9 +73,9 @@ def variants(tables: int, dim: int, matrices: str, weights: str, rule: str) -> d
         "step_spanning": Variant(
             update._step_spanning, stepped, {**step, "GROUP": update.PARTIALS // columns}, update.SPANNING_WARPS
         ),
-        "gather": Variant(
-            lookup._gather, {"weight": w, "rows": "*i64", "out": "*fp32", "lookups": "i32"},
-            {"DIM": dim, "COLUMNS": columns, "BLOCK": lookup.ROWS}, 8,
+        "fetch": Variant(
+            staging._fetch, {"weight": w, "keys": "*i32", "staged": w, "lookups": "i32"},
+            {"DIM": dim, "COLUMNS": columns, "BLOCK": staging.ROWS}, staging.WARPS,
         ),
         "unpack": Variant(
             unpack._unpack, {"records": "*i32", "dense": "*fp32", "sparse": "*i32", "label": "*fp32", "rows": "i32"},
@@ -84,16 +85,11 @@ def variants(tables: int, dim: int, matrices: str, weights: str, rule: str) -> d
 
 
 def compiled(variant: Variant, capability: str) -> dict[str, int]:
-    """Registers a thread, bytes of stack (spilled registers lie there) and of shared memory in the machine code.
+    """Registers a thread, bytes of stack (spilled registers lie there) and of shared memory in the machine code."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
 
-    Raises BenchError where triton is missing.
-    """
-    try:
-        import triton
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-    except ImportError as error:
-        raise BenchError("triton is missing: pip install -r requirements-dev.txt") from error
     names = variant.kernel.arg_names
     signature = {name: variant.types.get(name, "constexpr") for name in names}
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
@@ -130,7 +126,14 @@ def draw_shape(config: ModelConfig, batch_size: int, weight_bytes: int, matrix_b
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Compile the kernels; what they use, and what their bytes and operations predict on an H200."""
+    """Compile the kernels; what they use, and what their bytes and operations predict on an H200.
+
+    samples_per_second_by_the_bus: of tables in host memory.
+    """
+    if find_spec("triton") is None:
+        raise BenchError("triton is missing: pip install -r requirements-dev.txt")
+    from model.kernels import staging
+
     config, _ = read_config(args.model_config)
     sizes = [4 if name == "float32" else 2 for name in (args.embedding_dtype, args.matrices)]
     shape = draw_shape(config, args.batch_size, *sizes)
@@ -141,7 +144,7 @@ def measure(args: argparse.Namespace) -> dict:
         print(f"{name:14} {found[name]}", file=sys.stderr)
     predicted, total = {}, 0.0
     for name, cost in costs(shape, args.embedding_optimizer).items():
-        seconds = cost.seconds(H200, args.matrices)
+        seconds = cost.seconds(H200, "bfloat16" if name == "step" else args.matrices)  # float32 sums: three passes
         total += seconds
         predicted[name] = {
             "bytes": round(cost.bytes), "operations": round(cost.operations), "predicted_us": round(seconds * 1e6, 1)
@@ -150,8 +153,11 @@ def measure(args: argparse.Namespace) -> dict:
     with torch.device("meta"):
         mlps = mlp_operations(DLRM(config.with_tables([1] * shape.tables)))
     mlp_seconds = mlps * shape.batch / H200.operations[args.matrices]
-    bound = {"kernels_us": round(total * 1e6, 1), "mlps_us": round(mlp_seconds * 1e6, 1),
-             "samples_per_second": round(shape.batch / (total + mlp_seconds))}  # fmt: skip
+    bound = {
+        "kernels_us": round(total * 1e6, 1), "mlps_us": round(mlp_seconds * 1e6, 1),
+        "samples_per_second": round(shape.batch / (total + mlp_seconds)),
+        "samples_per_second_by_the_bus": round(shape.batch * BUS / max(staging.bus_bytes(shape))),
+    }  # fmt: skip
     print(f"predicted for an H200, not measured, no launch or tail in it: {bound}", file=sys.stderr)
     return {"capability": args.capability, "model_config": args.model_config, "batch_size": shape.batch,
             "distinct_rows": shape.distinct, "kernels": found, "predictions_for_h200": predicted,

@@ -21,30 +21,36 @@ class _LookupDot(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, bottom, weight, sparse, embedding, self_interaction):
-        out, rows = _forward(bottom, sparse, embedding, self_interaction, keep_rows=True)
-        ctx.save_for_backward(bottom, rows)
-        ctx.embedding, ctx.self_interaction = embedding, self_interaction
+        out, rows, source, index = _forward(bottom, sparse, embedding, self_interaction, keep_rows=True)
+        ctx.save_for_backward(bottom, rows, index)
+        ctx.source, ctx.embedding, ctx.self_interaction = source, embedding, self_interaction
         return out
 
     @staticmethod
     def backward(ctx, grad):
         from model.kernels import lookup_interaction
 
-        (bottom, rows), embedding = ctx.saved_tensors, ctx.embedding
-        grad_bottom, grads = lookup_interaction.backward(
-            grad, bottom, rows, embedding.weight.detach(), ctx.self_interaction
-        )
-        embedding.update(rows.flatten(), grads)
+        bottom, rows, index = ctx.saved_tensors
+        grad_bottom, grads = lookup_interaction.backward(grad, bottom, rows, ctx.source, ctx.self_interaction)
+        ctx.embedding.update(index.flatten(), grads)
         return grad_bottom, None, None, None, None
 
 
 def _forward(bottom, sparse, embedding, self_interaction, keep_rows):
+    """Output; rows of `source` that were looked up; source: the weight, or the part of it that is on the device for
+    this batch; the same rows as rows of the weight."""
     from model.kernels import lookup_interaction
 
-    return lookup_interaction.forward(
-        bottom, sparse.contiguous(), embedding.weight.detach(), embedding.begins, embedding.limits,
-        embedding.hash_indices, self_interaction, keep_rows,
-    )  # fmt: skip
+    source, begins, hashed = embedding.weight.detach(), embedding.begins, embedding.hash_indices
+    index = None
+    if embedding.staged:
+        index = embedding.rows(sparse)
+        source, slots = embedding.stage(index)
+        sparse, begins, hashed = slots.view(sparse.shape), torch.zeros_like(begins), False
+    out, rows = lookup_interaction.forward(
+        bottom, sparse.contiguous(), source, begins, embedding.limits, hashed, self_interaction, keep_rows
+    )
+    return out, rows, source, rows if index is None else index
 
 
 def lookup_dot(

@@ -12,6 +12,7 @@ class Limits:
 
 
 H200 = Limits(4.3e12, {"float16": 790e12, "bfloat16": 790e12, "float32": 60e12})  # measured ones, not the data sheet's
+BUS = 50e9  # bytes/s and direction between host memory and a GPU: PCIe 5, as seen in practice
 
 
 @dataclass(frozen=True)

@@ -143,9 +143,10 @@ def _step_spanning(
         )  # fmt: skip
 
 
-def sort_lookups(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """rows int32 or int64 [...] -> (sorted rows [N], their places int64 [N]); equal rows in the order they came."""
-    return torch.sort(rows.flatten(), stable=True)
+def sort_lookups(rows: torch.Tensor, height: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """rows int32 or int64 [N], below height -> (sorted rows [N], int32 where height allows: half the passes of a sort;
+    their places int64 [N]); equal rows in the order they came."""
+    return torch.sort(rows.int() if height < 2**31 else rows, stable=True)
 
 
 def update(
@@ -170,7 +171,7 @@ def update(
         )
     if not lookups:
         return
-    keys, places = order or sort_lookups(rows)
+    keys, places = order or sort_lookups(rows, len(weight))
     piece, columns = piece_length(dim), max(16, triton.next_power_of_2(dim))
     pieces = triton.cdiv(lookups, piece)
     partials = torch.empty(pieces, 2, dim, device=grads.device)

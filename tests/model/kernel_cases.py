@@ -17,7 +17,7 @@ from model.embedding import JointEmbedding, Storage
 from model.engine import Precision, Trainer
 from model.interaction import DotInteraction
 from model.kernels import lookup_interaction, update
-from model.kernels.lookup import gather
+from model.kernels.staging import stage
 from model.kernels.unpack import unpack
 from model.optimizers import NAMES, Optimizer
 from model.schedule import Schedule
@@ -142,7 +142,7 @@ def updates() -> None:
         state = {key: torch.rand_like(zeros).to(DEVICE) for key, zeros in state.items()}
         grads = (torch.randn(len(rows), dim, device=DEVICE) * 8).to(dtype)
         found, new_state = one_update(name, weight, state, rows.int(), grads)
-        again, _ = one_update(name, weight, state, rows, grads, order=update.sort_lookups(rows))
+        again, _ = one_update(name, weight, state, rows, grads, order=update.sort_lookups(rows, height))
         assert torch.equal(found, again), (name, case)
         results = []
         for kind in (torch.float32, torch.float64):
@@ -205,13 +205,17 @@ def records() -> None:
         assert torch.equal(half, dense.bfloat16())
 
 
-def lookups() -> None:
-    """gather against torch's embedding."""
-    for dim, dtype in ((8, torch.float32), (24, torch.bfloat16), (512, torch.float16)):
-        weight = torch.randn(300, dim, device=DEVICE).to(dtype)
-        rows = torch.randint(300, (41 * min(TIMES, 100),), device=DEVICE)
-        assert torch.equal(gather(weight, rows), F.embedding(rows, weight).float())
-        assert gather(weight, rows[:0]).shape == (0, dim)
+def staging() -> None:
+    """stage against torch's embedding: each look-up finds its row, and a row is fetched once."""
+    cases = (8, torch.float32, 41), (24, torch.bfloat16, 33), (512, torch.float16, 16), (8, torch.bfloat16, 1)
+    for dim, dtype, lookups in cases:
+        weight = torch.randn(30, dim, device=DEVICE).to(dtype)
+        rows = torch.randint(30, (lookups * min(TIMES, 100),), device=DEVICE)
+        keys, places = update.sort_lookups(rows, len(weight))
+        staged, slots = stage(weight, keys, places)
+        assert torch.equal(F.embedding(slots, staged), F.embedding(rows, weight)) and staged.dtype == dtype
+        assert len(slots.unique()) == len(rows.unique()) and torch.equal(keys[slots.long()], rows.int())
+        assert [len(part) for part in stage(weight, keys[:0], places[:0])] == [0, 0]
 
 
 def trained(fusing: bool, batches, precision, optimizer, storage, **changes):

@@ -14,13 +14,13 @@ from tests.conftest import ROOT
 pytest.importorskip("triton", reason="no triton: pip install -r requirements-dev.txt")
 from bench import step_kernels
 
-CASES = ["forward_and_backward", "updates", "rounding", "records", "lookups", "steps"]
+CASES = ["forward_and_backward", "updates", "rounding", "records", "staging", "steps"]
 GPU_CASES = [*CASES, "graph", "real_sizes"]
 # tables, dim, matrices, tables' type, rule -> most registers a thread and bytes of shared memory, by kernel
 LIMITS = {
     (26, 128, "bfloat16", "float32", "sgd"): {
         "forward": (64, 12_000), "backward": (80, 12_000), "step_pieces": (96, 12_000), "step_spanning": (96, 8_192),
-        "gather": (32, 0), "unpack": (64, 4_096),
+        "fetch": (32, 0), "unpack": (64, 4_096),
     },
     (26, 64, "float16", "bfloat16", "rowwise_adagrad"): {
         "forward": (64, 12_000), "backward": (64, 12_000), "step_pieces": (128, 20_000), "step_spanning": (96, 8_192),
