@@ -48,7 +48,7 @@ def _pinned(weight: torch.Tensor, owner: nn.Module) -> torch.Tensor:
             f"--table_placement host: {weight.numel() * weight.element_size():,} bytes of host memory could not be "
             f"pinned (CUDA error {int(status)}); check `ulimit -l` and free memory, or take smaller tables"
         )
-    weakref.finalize(owner, torch.cuda.cudart().cudaHostUnregister, weight.data_ptr())
+    weakref.finalize(owner, torch.cuda.cudart().cudaHostUnregister, weight.data_ptr()).atexit = False
     return weight
 
 

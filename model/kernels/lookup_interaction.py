@@ -103,11 +103,11 @@ def _backward(
         tile, _ = _tile(bottom, weight, rows, sample, column, TABLES, DIM, VECTORS)
         found = dot(both, tile, tl.zeros((VECTORS, CHUNK), tl.float32), PRECISION)
         direct = tl.load(grad + sample * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
-        kind = grad_tables.dtype.element_ty
-        at = grad_tables + (sample * TABLES + vector[:, None] - 1) * DIM + column[None, :]
-        tl.store(at, rounded(found, kind), mask=is_table[:, None] & inside[None, :])
-        at = grad_bottom + sample * DIM + vector[:, None] * DIM + column[None, :]  # only vector 0; aligned for all
-        tl.store(at, rounded(found + direct[None, :], kind), mask=(vector[:, None] == 0) & inside[None, :])
+        found = rounded(tl.where(i == 0, found + direct[None, :], found), grad_tables.dtype.element_ty)
+        at = (sample * TABLES + i - 1) * DIM + column[None, :]
+        tl.store(grad_tables + at, found, mask=is_table[:, None] & inside[None, :])
+        at = sample * DIM + i * DIM + column[None, :]  # only vector 0 is stored; addresses are aligned for all
+        tl.store(grad_bottom + at, found, mask=(i == 0) & inside[None, :])
 
 
 def _precision() -> str:
