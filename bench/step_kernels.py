@@ -1,12 +1,15 @@
-"""The training step's GPU kernels, compiled without a GPU: registers, spills, shared memory; least time predicted."""
+"""The training step's GPU kernels: registers, spills, shared memory, least time predicted; on a GPU the time taken."""
 
 import argparse
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -15,7 +18,9 @@ from bench.command import BenchError
 from bench.train import make_batches, mlp_operations
 from model.config import ModelConfig, read_config
 from model.dlrm import DLRM
+from model.embedding import JointEmbedding, Storage
 from model.kernels.cost import BUS, H200, Cost, Shape
+from model.optimizers import Optimizer
 
 CAPABILITIES = ("8.0", "9.0", "10.0")
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)")
@@ -125,6 +130,50 @@ def draw_shape(config: ModelConfig, batch_size: int, weight_bytes: int, matrix_b
     return Shape(batch_size, len(sizes), config.embedding_dim, distinct, weight_bytes, matrix_bytes)
 
 
+def calls(
+    config: ModelConfig, batch_size: int, matrices: str, weights: str, rule: str, device: torch.device
+) -> dict[str, Callable]:
+    """What launches the kernels of costs() on a batch of its own each time, by the same names."""
+    from model.kernels import lookup_interaction, unpack, update
+
+    sizes, dim, optimizer = config.categorical_feature_sizes, config.embedding_dim, Optimizer(rule)
+    with device:
+        tables = JointEmbedding(sizes, dim, config.hash_indices, optimizer, Storage(getattr(torch, weights)))
+        scalars = torch.tensor(0.01), torch.tensor(1.0), torch.tensor(1)
+        records = torch.randint(100, (batch_size, 40), dtype=torch.int32)
+        bottom = torch.randn(batch_size, dim).to(getattr(torch, matrices))
+    weight, ids = tables.weight.detach(), [batch.sparse for batch in make_batches(sizes, batch_size, device)]
+
+    def forward(sparse):
+        return lookup_interaction.forward(
+            bottom, sparse, weight, tables.begins, tables.limits, config.hash_indices, False, True
+        )
+
+    grad, rows = forward(ids[0])[0], [forward(sparse)[1] for sparse in ids]
+    grads = lookup_interaction.backward(grad, bottom, rows[0], weight, False)[1]
+    ids, rows = cycle(ids), cycle(rows)
+    settings = rule, optimizer.epsilon, optimizer.betas, *scalars
+    return {
+        "unpack": lambda: unpack.unpack(records),
+        "forward": lambda: forward(next(ids)),
+        "backward": lambda: lookup_interaction.backward(grad, bottom, next(rows), weight, False),
+        "step": lambda: update.update(weight, tables.state(), next(rows).flatten(), grads, *settings),
+    }
+
+
+def seconds_taken(call: Callable) -> float:
+    """Median of 20 launches on the current GPU, after 5 to warm up."""
+    times = []
+    for _ in range(25):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1000)
+    return statistics.median(times[5:])
+
+
 def measure(args: argparse.Namespace) -> dict:
     """Compile the kernels; what they use, and what their bytes and operations predict on an H200.
 
@@ -137,11 +186,13 @@ def measure(args: argparse.Namespace) -> dict:
     config, _ = read_config(args.model_config)
     sizes = [4 if name == "float32" else 2 for name in (args.embedding_dtype, args.matrices)]
     shape = draw_shape(config, args.batch_size, *sizes)
-    found = {}
-    chosen = variants(shape.tables, shape.dim, args.matrices, args.embedding_dtype, args.embedding_optimizer)
+    types, found = (args.matrices, args.embedding_dtype, args.embedding_optimizer), {}
+    chosen = variants(shape.tables, shape.dim, *types)
     for name, variant in chosen.items():
         found[name] = compiled(variant, args.capability)
         print(f"{name:14} {found[name]}", file=sys.stderr)
+    gpu = torch.cuda.is_available()
+    launches = calls(config, args.batch_size, *types, torch.device("cuda")) if gpu else {}
     predicted, total = {}, 0.0
     for name, cost in costs(shape, args.embedding_optimizer).items():
         seconds = cost.seconds(H200, "bfloat16" if name == "step" else args.matrices)  # float32 sums: three passes
@@ -149,6 +200,9 @@ def measure(args: argparse.Namespace) -> dict:
         predicted[name] = {
             "bytes": round(cost.bytes), "operations": round(cost.operations), "predicted_us": round(seconds * 1e6, 1)
         }
+        if launches:
+            taken = seconds_taken(launches[name])
+            predicted[name] |= {"measured_us": round(taken * 1e6, 1), "bytes_per_second": round(cost.bytes / taken)}
         print(f"{name:14} {predicted[name]}", file=sys.stderr)
     with torch.device("meta"):
         mlps = mlp_operations(DLRM(config.with_tables([1] * shape.tables)))
@@ -160,5 +214,5 @@ def measure(args: argparse.Namespace) -> dict:
     }  # fmt: skip
     print(f"predicted for an H200, not measured, no launch or tail in it: {bound}", file=sys.stderr)
     return {"capability": args.capability, "model_config": args.model_config, "batch_size": shape.batch,
-            "distinct_rows": shape.distinct, "kernels": found, "predictions_for_h200": predicted,
+            "distinct_rows": shape.distinct, "machine_code": found, "kernels": predicted,
             "predicted_bound": bound}  # fmt: skip

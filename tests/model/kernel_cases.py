@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 import triton
 
+from bench import step_kernels
 from gpu_etl.load.batch import log_dense
 from model import embedding, fused
 from model.dlrm import DLRM
-from model.embedding import JointEmbedding, Storage
+from model.embedding import Storage
 from model.engine import Precision, Trainer
 from model.interaction import DotInteraction
 from model.kernels import lookup_interaction, update
@@ -27,10 +28,6 @@ INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 TIMES = 1 if INTERPRETED else 3000  # samples and look-ups on a GPU, in multiples of those in the interpreter
 HALF = (torch.bfloat16, torch.float16)
-CRITEO = (
-    932209, 18814, 13624, 6862, 18488, 3, 6242, 1229, 49, 654428, 96850, 69004, 10, 2134, 7345, 60, 4, 918, 14, 984280,
-    320932, 838408, 76380, 8906, 74, 33,
-)  # fmt: skip
 if INTERPRETED:
     embedding.on_gpu = fused.on_gpu = lambda tensor: True
     embedding._pinned = lambda weight, owner: weight
@@ -218,6 +215,18 @@ def staging() -> None:
         assert [len(part) for part in stage(weight, keys[:0], places[:0])] == [0, 0]
 
 
+def benchmark() -> None:
+    """What the benchmark times is what it says."""
+    config = small_config(categorical_feature_sizes=(30,) * 26, bottom_mlp_sizes=(64,), embedding_dim=64)
+    for rule, weights in (("sgd", "bfloat16"), ("rowwise_adagrad", "float32")):
+        calls = step_kernels.calls(config, 3, "bfloat16", weights, rule, DEVICE)
+        assert calls.keys() == step_kernels.costs(step_kernels.draw_shape(config, 3, 4, 2), rule).keys()
+        found = {name: call() for name, call in calls.items()}
+        assert found["forward"][0].shape == (3, 64 + 27 * 26 // 2 + 1) and found["backward"][1].shape == (3 * 26, 64)
+        assert [len(part) for part in found["unpack"]] == [3, 3, 3]
+        assert INTERPRETED or step_kernels.seconds_taken(calls["step"]) > 0
+
+
 def trained(fusing: bool, batches, precision, optimizer, storage, **changes):
     """Weights and losses after some steps; fusing: with the kernels."""
     torch.manual_seed(3)
@@ -252,75 +261,6 @@ def steps() -> None:
             for place in ("device", "host")
         )
         assert here[0] == host[0] and all(map(torch.equal, here[1:], host[1:]))
-
-
-def graph() -> None:
-    """GPU only: look-up, interaction and update inside a CUDA graph, with a learning rate that changes in between."""
-    sizes, dim, batch = CRITEO, 64, 2048
-    with DEVICE:
-        twins = [JointEmbedding(sizes, dim, False, Optimizer("rowwise_adagrad"), Storage(torch.bfloat16)) for _ in "ab"]
-        twins[1].weight.data.copy_(twins[0].weight.data)
-        interaction = DotInteraction(27, dim, False)
-    ids, bottom = make_ids(sizes, batch, "random"), torch.randn(batch, dim, device=DEVICE, dtype=torch.bfloat16)
-    bottom.requires_grad_()
-
-    def step(tables) -> None:
-        fused.lookup_dot(bottom, ids, tables, interaction).float().square().mean().backward()
-
-    for tables in twins:  # warm-up, at lr 0
-        step(tables)
-    for tables in twins:
-        for state in tables.state().values():
-            state.zero_()
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        step(twins[0])
-    for number in range(1, 6):
-        ids.copy_(make_ids(sizes, batch, "random"))
-        for tables in twins:
-            tables.lr.fill_(0.3 / number)
-            tables.step, tables.loss_scale = number, 2.0**number
-        captured.replay()
-        step(twins[1])
-    assert torch.equal(twins[0].weight, twins[1].weight)
-
-
-def real_sizes() -> None:
-    """GPU only: 65,536 samples of 26 tables, dim 128, with more elements than 32 bits count where memory allows."""
-    batch, dim, free = 65_536, 128, torch.cuda.mem_get_info()[0]
-    factor = max(1.0, min(12.0, 0.5 * free / (sum(CRITEO) * dim * 4)))
-    sizes = tuple(int(size * factor) if size > 1000 else size for size in CRITEO)
-    begins, limits = torch.tensor([0, *sizes[:-1]]).cumsum(0).to(DEVICE), torch.tensor(sizes, device=DEVICE)
-    weight = torch.randn(sum(sizes), dim, device=DEVICE)
-    ids = (torch.rand(batch, 26, device=DEVICE).pow(4) * limits).int()
-    ids[-64:] = (limits - 1).int()
-    rows = ids.long() + begins
-    bottom = torch.randn(batch, dim, device=DEVICE, dtype=torch.bfloat16)
-    out, found_rows = lookup_interaction.forward(bottom, ids, weight, begins, limits, False, False, True)
-    grad = torch.randn_like(out)
-    grad_bottom, grads = lookup_interaction.backward(grad, bottom, found_rows, weight, False)
-    interaction = DotInteraction(27, dim, False).to(DEVICE)
-    for part in (slice(0, 512), slice(batch - 512, batch)):
-        results = []
-        for dtype in (torch.bfloat16, torch.float64):
-            inputs = bottom[part], weight[rows[part]].bfloat16()
-            first, vectors = (x.to(dtype, copy=True).requires_grad_() for x in inputs)
-            eager = interaction(first, vectors)
-            eager.backward(grad[part].to(dtype))
-            results.append((eager.detach(), first.grad, vectors.grad.flatten(0, 1)))
-        found = out[part], grad_bottom[part], grads.view(batch, 26, dim)[part].flatten(0, 1)
-        for ours, eager, truth in zip(found, *results, strict=True):
-            no_worse(ours, eager, truth, part)
-    distinct, place = rows.unique(return_inverse=True)
-    before = weight[distinct].double()
-    truth = before.index_add(0, place.flatten(), grads.double() / 8 * -0.1)
-    eager = before.float().index_add(0, place.flatten(), grads.float() / 8 * -0.1)
-    found = one_update("sgd", weight, {}, found_rows, grads)[0] if factor < 4 else None
-    if found is None:
-        scalars = [torch.tensor(value, device=DEVICE) for value in (0.1, 8.0, 3)]
-        update.update(weight, {}, found_rows, grads, "sgd", 0.0, (0.9, 0.999), *scalars)
-        found = weight
-    no_worse(found[distinct], eager, truth, "update")
 
 
 if __name__ == "__main__":

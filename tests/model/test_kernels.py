@@ -14,8 +14,8 @@ from tests.conftest import ROOT
 pytest.importorskip("triton", reason="no triton: pip install -r requirements-dev.txt")
 from bench import step_kernels
 
-CASES = ["forward_and_backward", "updates", "rounding", "records", "staging", "steps"]
-GPU_CASES = [*CASES, "graph", "real_sizes"]
+CASES = ["forward_and_backward", "updates", "rounding", "records", "staging", "steps", "benchmark"]
+GPU_CASES = ["graph", "real_sizes"]
 # tables, dim, matrices, tables' type, rule -> most registers a thread and bytes of shared memory, by kernel
 LIMITS = {
     (26, 128, "bfloat16", "float32", "sgd"): {
@@ -33,9 +33,9 @@ LIMITS = {
 CAPABILITIES = {model: ["9.0"] for model in LIMITS} | {next(iter(LIMITS)): ["8.0", "9.0", "10.0"]}
 
 
-def run(case: str, **environment: str) -> str:
+def run(case: str, module: str = "kernel_cases", **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.model.kernel_cases", case], cwd=ROOT, env=os.environ | environment,
+        [sys.executable, "-m", f"tests.model.{module}", case], cwd=ROOT, env=os.environ | environment,
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -48,9 +48,11 @@ def test_in_the_interpreter(case):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", GPU_CASES)
-def test_on_the_gpu(case):
-    assert "agrees" in run(case)
+@pytest.mark.parametrize(
+    ("module", "case"), [("kernel_cases", c) for c in CASES] + [("kernel_cases_gpu", c) for c in GPU_CASES]
+)
+def test_on_the_gpu(module, case):
+    assert "agrees" in run(case, module)
 
 
 @pytest.mark.parametrize(("model", "capability"), [(m, c) for m in LIMITS for c in CAPABILITIES[m]], ids=str)
