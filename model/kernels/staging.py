@@ -14,7 +14,7 @@ from model.kernels.cost import Shape
 ROWS, WARPS = 16, 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lookups"])  # a last, short batch compiles nothing
 def _fetch(weight, keys, staged, lookups, DIM: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     """The row of every first look-up, copied to its place among the sorted look-ups."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from model.kernels import MOST_COLUMNS, supported
-from model.kernels.arithmetic import matrix_sum, random_bits, stochastically_rounded
+from model.kernels.arithmetic import matrix_sum, random_bits, rounded, stochastically_rounded
 from model.kernels.cost import Cost, Shape
 
 TILE = 4096  # elements of a piece's tile, where a piece has 16 to 64 look-ups
@@ -74,10 +74,10 @@ def _step_rows(
         bits = random_bits(tl.load(step), rows, column.shape[1])
         tl.store(weight + at, stochastically_rounded(new, bits, weight.dtype.element_ty), mask=inside)
     else:
-        tl.store(weight + at, new.to(weight.dtype.element_ty), mask=inside)
+        tl.store(weight + at, rounded(new, weight.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lookups"])  # a last, short batch compiles nothing
 def _step_pieces(
     keys, order, grads, partials, weight, sums, squares, lr, scale, step, skip, lookups, DIM: tl.constexpr,
     COLUMNS: tl.constexpr, PIECE: tl.constexpr, RULE: tl.constexpr, EPS: tl.constexpr, BETA1: tl.constexpr,
@@ -110,7 +110,7 @@ def _step_pieces(
     tl.store(partials + (piece.to(tl.int64) * 2 + slot) * DIM + column, total, mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["lookups"])  # a last, short batch compiles nothing
 def _step_spanning(
     keys, partials, weight, sums, squares, lr, scale, step, skip, lookups, DIM: tl.constexpr, COLUMNS: tl.constexpr,
     PIECE: tl.constexpr, GROUP: tl.constexpr, RULE: tl.constexpr, EPS: tl.constexpr, BETA1: tl.constexpr,

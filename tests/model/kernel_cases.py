@@ -6,6 +6,7 @@
 import itertools
 import sys
 
+import pytest
 import torch
 import torch.nn.functional as F
 import triton
@@ -13,6 +14,7 @@ import triton
 from bench import step_kernels
 from gpu_etl.load.batch import log_dense
 from model import embedding, fused
+from model.config import ConfigError
 from model.dlrm import DLRM
 from model.embedding import Storage
 from model.engine import Precision, Trainer
@@ -181,8 +183,8 @@ def rounding() -> None:
         other = low.clone()
         update.update(other, {}, rows, grads, "sgd", 0.0, settings.betas, *scalars)
         assert 0.3 < (other != found).float().mean() / (2 * share * (1 - share)) < 2
-        nearest, _ = one_update("sgd", low, {}, rows, grads, stochastic=False)
-        assert torch.equal(nearest, low)
+        for scale, nearest in ((1, low), (2, high)):
+            assert torch.equal(one_update("sgd", low, {}, rows, grads * scale, stochastic=False)[0], nearest)
         unchanged, _ = one_update("sgd", low, {}, rows, torch.zeros_like(grads))
         assert torch.equal(unchanged, low)
 
@@ -213,6 +215,25 @@ def staging() -> None:
         assert torch.equal(F.embedding(slots, staged), F.embedding(rows, weight)) and staged.dtype == dtype
         assert len(slots.unique()) == len(rows.unique()) and torch.equal(keys[slots.long()], rows.int())
         assert [len(part) for part in stage(weight, keys[:0], places[:0])] == [0, 0]
+
+
+def refusals() -> None:
+    """Shapes and types that the kernels cannot do are errors that say what was expected."""
+    weight, bottom = torch.zeros(9, 12, device=DEVICE), torch.zeros(2, 12, device=DEVICE)
+    ids, ones = torch.zeros(2, 3, dtype=torch.int32, device=DEVICE), torch.ones((), device=DEVICE)
+    limits = torch.full((3,), 3, device=DEVICE)
+    scalars = "sgd", 0.0, (0.9, 0.999), ones, ones, ones.long()
+    with pytest.raises(ValueError, match="multiple of 8, up to 512; got 3 tables of dim 12"):
+        lookup_interaction.forward(bottom, ids, weight, limits, limits, False, False, False)
+    with pytest.raises(ValueError, match=r"expected a contiguous tensor \[B, 16\], got \(2, 12\)"):
+        lookup_interaction.forward(bottom, ids, weight.new_zeros(9, 16), limits, limits, False, False, False)
+    with pytest.raises(ValueError, match="of one dim, a multiple of 8 up to 512; got 12 and 12"):
+        update.update(weight, {}, ids[:, 0], bottom, *scalars)
+    for records in (ids, torch.zeros(2, 40, device=DEVICE), torch.zeros(40, 40, dtype=torch.int32, device=DEVICE).T):
+        with pytest.raises(ValueError, match=r"expected contiguous int32 \[B, 40\]"):
+            unpack(records)
+    with pytest.raises(ConfigError, match="multiple of 8, up to 512, and up to 64 tables; got 12 and 2"), DEVICE:
+        embedding.JointEmbedding((3, 4), 12, False, Optimizer(), Storage(placement="host"))
 
 
 def benchmark() -> None:
@@ -247,6 +268,7 @@ def steps() -> None:
         (Precision(), "sgd", {}, 1e-4), (Precision(torch.bfloat16), "sgd", {"self_interaction": True}, 0.02),
         (Precision(torch.float16, 64.0), "rowwise_adagrad", {"hash_indices": True}, 0.02),
         (Precision(), "adam", {"interaction_op": "cat"}, 1e-4), (Precision(), "adagrad", {}, 1e-3),
+        (Precision(), "sgd", {"embedding_dim": 12, "bottom_mlp_sizes": (12,)}, 1e-4),  # no kernels for that
         (Precision(), "sgd", {"interaction_op": "dcnv2", "dcn_num_layers": 1, "dcn_low_rank_dim": 3}, 1e-4),
     ]  # fmt: skip
     for precision, optimizer, changes, tolerance in cases:

@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 pytest.importorskip("triton", reason="no triton: pip install -r requirements-dev.txt")
 from bench import step_kernels
 
-CASES = ["forward_and_backward", "updates", "rounding", "records", "staging", "steps", "benchmark"]
+CASES = ["forward_and_backward", "updates", "rounding", "records", "staging", "steps", "refusals", "benchmark"]
 GPU_CASES = ["graph", "real_sizes"]
 # tables, dim, matrices, tables' type, rule -> most registers a thread and bytes of shared memory, by kernel
 LIMITS = {

@@ -1,9 +1,13 @@
 """Tables in half precision: rounding, steps, initial weights, checkpoints; and where tables lie."""
 
+import gc
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from model import checkpoint
+from model import checkpoint, embedding
+from model.config import ConfigError
 from model.dlrm import DLRM
 from model.embedding import JointEmbedding, Storage
 from model.engine import LoopOptions, Trainer, fit
@@ -48,33 +52,33 @@ def test_numbers_that_fit_stay(dtype):
 def test_a_step_ends_beside_the_exact_one(dtype, name):
     torch.manual_seed(1)
     settings, ids = Optimizer(name), torch.stack([torch.randint(size, (64,)) for size in SIZES], 1).int()
-    embedding = JointEmbedding(SIZES, 8, False, settings, Storage(dtype))
-    embedding.lr.fill_(0.3)
-    embedding.step, embedding.loss_scale = 1, 4.0
-    exact = embedding.weight.detach().double()
+    tables = JointEmbedding(SIZES, 8, False, settings, Storage(dtype))
+    tables.lr.fill_(0.3)
+    tables.step, tables.loss_scale = 1, 4.0
+    exact = tables.weight.detach().double()
     state = {key: value.double() for key, value in settings.table_state(*exact.shape).items()}
     upstream = torch.randn(64, len(SIZES), 8)
-    vectors = embedding(ids)
+    vectors = tables(ids)
     assert vectors.dtype == torch.float32
     (vectors * upstream * 4).sum().backward()
-    settings.table_rule()(exact, state, embedding.rows(ids), upstream.double().flatten(0, 1), embedding.lr.double(), 1)
+    settings.table_rule()(exact, state, tables.rows(ids), upstream.double().flatten(0, 1), tables.lr.double(), 1)
     down, up = neighbours(exact, dtype)
-    found = embedding.weight.detach().double()
+    found = tables.weight.detach().double()
     slack = 1e-5 * exact.abs().max()  # sums of float32 gradients
     assert ((found >= down.double() - slack) & (found <= up.double() + slack)).all()
-    assert embedding.weight.dtype == dtype
+    assert tables.weight.dtype == dtype
 
 
 def test_stochastic_rounding_keeps_changes_that_are_too_small_for_nearest():
     ids, moved = torch.zeros(1, 1, dtype=torch.int32), {}
     for stochastic in (True, False):
-        embedding = JointEmbedding((1,), 512, False, Optimizer(), Storage(torch.bfloat16, stochastic))
-        embedding.weight.data.fill_(1.0)
-        embedding.lr.fill_(1e-4)
+        tables = JointEmbedding((1,), 512, False, Optimizer(), Storage(torch.bfloat16, stochastic))
+        tables.weight.data.fill_(1.0)
+        tables.lr.fill_(1e-4)
         for step in range(1, 101):
-            embedding.step = step
-            embedding(ids).sum().backward()
-        moved[stochastic] = 1 - embedding.weight.detach().double().mean().item()
+            tables.step = step
+            tables(ids).sum().backward()
+        moved[stochastic] = 1 - tables.weight.detach().double().mean().item()
     assert moved[False] == 0 and moved[True] == pytest.approx(0.01, rel=0.2)
 
 
@@ -125,3 +129,25 @@ def test_on_the_cpu_host_memory_is_where_tables_lie_anyway():
     torch.manual_seed(0)
     host = JointEmbedding(SIZES, 8, False, Optimizer(), Storage(placement="host"))
     assert torch.equal(here.weight, host.weight) and host.weight.device.type == "cpu"
+
+
+@pytest.mark.parametrize("status", [0, 2])
+def test_host_memory_is_pinned_as_long_as_the_module_lives(monkeypatch, status):
+    """The calls to CUDA only; that kernels reach the memory is a case of test_kernels.py on a GPU."""
+    calls = []
+    runtime = SimpleNamespace(
+        cudaHostRegister=lambda *words: calls.append(words) or status,
+        cudaHostUnregister=lambda *words: calls.append(words),
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(embedding, "on_gpu", lambda tensor: True)
+    if status:
+        with pytest.raises(ConfigError, match=r"6,880 bytes of host memory could not be pinned \(CUDA error 2\)"):
+            JointEmbedding(SIZES, 8, False, Optimizer(), Storage(placement="host"))
+        return
+    module = JointEmbedding(SIZES, 8, False, Optimizer(), Storage(torch.bfloat16, placement="host"))
+    address = module.weight.data_ptr()
+    assert calls == [(address, sum(SIZES) * 8 * 2, 0)]
+    del module
+    gc.collect()
+    assert calls[1:] == [(address,)]
