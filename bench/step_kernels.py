@@ -54,7 +54,8 @@ def variants(tables: int, dim: int, matrices: str, weights: str, rule: str) -> d
     from model.kernels import lookup_interaction, staging, unpack, update
 
     m, w = "*" + TYPES[matrices], "*" + TYPES[weights]
-    vectors, chunk, warps = lookup_interaction.launch(tables, dim, 4 if matrices == "float32" else 2)
+    size = 4 if matrices == "float32" else 2
+    vectors, chunk, warps = lookup_interaction.launch(tables, dim, size)
     tile = {"TABLES": tables, "DIM": dim, "SELF": False, "PRECISION": "tf32x3", "VECTORS": vectors, "CHUNK": chunk}
     columns, piece = max(16, triton.next_power_of_2(dim)), update.piece_length(dim)
     step = {"DIM": dim, "COLUMNS": columns, "PIECE": piece, "RULE": rule, "EPS": 1e-8, "BETA1": 0.9, "BETA2": 0.999,
@@ -62,18 +63,20 @@ def variants(tables: int, dim: int, matrices: str, weights: str, rule: str) -> d
     stepped = {"keys": "*i32", "partials": "*fp32", "weight": w, "sums": "*fp32", "squares": "*fp32", "lr": "*fp32",
                "scale": "*fp32", "step": "*i64", "skip": "*fp32", "lookups": "i32"}  # fmt: skip
     return {
+        "find_rows": Variant(
+            lookup_interaction._find_rows,
+            {"sparse": "*i32", "begins": "*i64", "limits": "*i64", "rows": "*i32", "lookups": "i32"},
+            {"TABLES": tables, "HASH": True, "BLOCK": lookup_interaction.IDS}, 4,
+        ),
         "forward": Variant(
-            lookup_interaction._forward,
-            {"bottom": m, "sparse": "*i32", "weight": w, "begins": "*i64", "limits": "*i64", "out": m,
-             "rows_out": "*i32"},
-            {**tile, "HASH": True, "KEEP_ROWS": True}, warps,
+            lookup_interaction._forward, {"bottom": m, "rows_in": "*i32", "weight": w, "out": m}, tile, warps
         ),
         "backward": Variant(
             lookup_interaction._backward,
             {"grad": m, "bottom": m, "rows_in": "*i32", "weight": w, "grad_bottom": m, "grad_tables": m}, tile, warps,
         ),
         "step_pieces": Variant(
-            update._step_pieces, {**stepped, "order": "*i64", "grads": m}, step, update.piece_warps(dim)
+            update._step_pieces, {**stepped, "order": "*i64", "grads": m}, step, update.piece_warps(dim, rule, size)
         ),
         "step_spanning": Variant(
             update._step_spanning, stepped, {**step, "GROUP": update.PARTIALS // columns}, update.SPANNING_WARPS
@@ -117,7 +120,8 @@ def costs(shape: Shape, rule: str) -> dict[str, Cost]:
     from model.kernels import lookup_interaction, unpack, update
 
     return {
-        "unpack": unpack.unpack_cost(shape.batch), "forward": lookup_interaction.forward_cost(shape),
+        "unpack": unpack.unpack_cost(shape.batch), "find_rows": lookup_interaction.rows_cost(shape),
+        "forward": lookup_interaction.forward_cost(shape),
         "backward": lookup_interaction.backward_cost(shape), "step": update.update_cost(shape, rule),
     }  # fmt: skip
 
@@ -144,18 +148,18 @@ def calls(
         bottom = torch.randn(batch_size, dim).to(getattr(torch, matrices))
     weight, ids = tables.weight.detach(), [batch.sparse for batch in make_batches(sizes, batch_size, device)]
 
-    def forward(sparse):
-        return lookup_interaction.forward(
-            bottom, sparse, weight, tables.begins, tables.limits, config.hash_indices, False, True
-        )
+    def find_rows(sparse):
+        return lookup_interaction.find_rows(sparse, tables.begins, tables.limits, config.hash_indices, len(weight))
 
-    grad, rows = forward(ids[0])[0], [forward(sparse)[1] for sparse in ids]
+    rows = [find_rows(sparse) for sparse in ids]
+    grad = lookup_interaction.forward(bottom, rows[0], weight, False)
     grads = lookup_interaction.backward(grad, bottom, rows[0], weight, False)[1]
     ids, rows = cycle(ids), cycle(rows)
     settings = rule, optimizer.epsilon, optimizer.betas, *scalars
     return {
         "unpack": lambda: unpack.unpack(records),
-        "forward": lambda: forward(next(ids)),
+        "find_rows": lambda: find_rows(next(ids)),
+        "forward": lambda: lookup_interaction.forward(bottom, next(rows), weight, False),
         "backward": lambda: lookup_interaction.backward(grad, bottom, next(rows), weight, False),
         "step": lambda: update.update(weight, tables.state(), next(rows).flatten(), grads, *settings),
     }

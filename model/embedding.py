@@ -186,23 +186,21 @@ class JointEmbedding(_Tables):
         found = _Lookup.apply(self.weight, index, self) if torch.is_grad_enabled() else self.gather(index)
         return found.view(*sparse.shape, self.dim)
 
-    @property
-    def staged(self) -> bool:
-        """Whether a GPU has to bring the rows of a batch from host memory first."""
-        return self.storage.placement == "host" and on_gpu(self.lr)
-
-    def stage(self, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """rows [M, D] on the device and slots int32 [N] for index int64 [N]: look-up i is row slots[i] of them."""
+    def source(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A weight on the device and the places in it of rows int [...]: the weight itself, or, where it lies in host
+        memory and a GPU asks, the part of it that has these rows."""
+        weight = self.weight.detach()
+        if self.storage.placement == "device" or not on_gpu(rows):
+            return weight, rows
         from model.kernels import staging, update
 
-        return staging.stage(self.weight.detach(), *update.sort_lookups(index, len(self.weight)))
+        part, slots = staging.stage(weight, *update.sort_lookups(rows.flatten(), len(weight)))
+        return part, slots.view(rows.shape)
 
     def gather(self, index: torch.Tensor) -> torch.Tensor:
         """See _Tables."""
-        if not self.staged:
-            return super().gather(index)
-        rows, slots = self.stage(index)
-        return F.embedding(slots, rows).to(self.lr.dtype)
+        weight, places = self.source(index)
+        return F.embedding(places, weight).to(self.lr.dtype)
 
     def _take_step(self, index: torch.Tensor, grad: torch.Tensor, skip: torch.Tensor | None) -> None:
         if not (on_gpu(grad) and self.has_kernels):

@@ -20,37 +20,22 @@ class _LookupDot(torch.autograd.Function):
     """Backward lets the embedding update its weight in place, after the last read of it."""
 
     @staticmethod
-    def forward(ctx, bottom, weight, sparse, embedding, self_interaction):
-        out, rows, source, index = _forward(bottom, sparse, embedding, self_interaction, keep_rows=True)
-        ctx.save_for_backward(bottom, rows, index)
+    def forward(ctx, bottom, weight, rows, embedding, self_interaction):
+        from model.kernels import lookup_interaction
+
+        source, places = embedding.source(rows)
+        ctx.save_for_backward(bottom, rows, places)
         ctx.source, ctx.embedding, ctx.self_interaction = source, embedding, self_interaction
-        return out
+        return lookup_interaction.forward(bottom, places, source, self_interaction)
 
     @staticmethod
     def backward(ctx, grad):
         from model.kernels import lookup_interaction
 
-        bottom, rows, index = ctx.saved_tensors
-        grad_bottom, grads = lookup_interaction.backward(grad, bottom, rows, ctx.source, ctx.self_interaction)
-        ctx.embedding.update(index.flatten(), grads)
+        bottom, rows, places = ctx.saved_tensors
+        grad_bottom, grads = lookup_interaction.backward(grad, bottom, places, ctx.source, ctx.self_interaction)
+        ctx.embedding.update(rows.flatten(), grads)
         return grad_bottom, None, None, None, None
-
-
-def _forward(bottom, sparse, embedding, self_interaction, keep_rows):
-    """Output; rows of `source` that were looked up; source: the weight, or the part of it that is on the device for
-    this batch; the same rows as rows of the weight."""
-    from model.kernels import lookup_interaction
-
-    source, begins, hashed = embedding.weight.detach(), embedding.begins, embedding.hash_indices
-    index = None
-    if embedding.staged:
-        index = embedding.rows(sparse)
-        source, slots = embedding.stage(index)
-        sparse, begins, hashed = slots.view(sparse.shape), torch.zeros_like(begins), False
-    out, rows = lookup_interaction.forward(
-        bottom, sparse.contiguous(), source, begins, embedding.limits, hashed, self_interaction, keep_rows
-    )
-    return out, rows, source, rows if index is None else index
 
 
 def lookup_dot(
@@ -60,6 +45,9 @@ def lookup_dot(
 
     Gradients as the eager modules give them, up to rounding: the products' gradients are summed in float32.
     """
-    if torch.is_grad_enabled():
-        return _LookupDot.apply(bottom, embedding.weight, sparse, embedding, interaction.self_interaction)
-    return _forward(bottom, sparse, embedding, interaction.self_interaction, keep_rows=False)[0]
+    from model.kernels import lookup_interaction
+
+    rows = lookup_interaction.find_rows(
+        sparse.contiguous(), embedding.begins, embedding.limits, embedding.hash_indices, len(embedding.weight)
+    )
+    return _LookupDot.apply(bottom, embedding.weight, rows, embedding, interaction.self_interaction)

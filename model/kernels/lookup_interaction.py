@@ -14,6 +14,7 @@ from model.kernels import MOST_COLUMNS, MOST_TABLES, supported
 from model.kernels.arithmetic import dot, rounded
 from model.kernels.cost import Cost, Shape
 
+IDS = 1024  # ids a program
 # By bytes of a matrix element and padded vectors: columns of a chunk, warps; chosen by registers (python -m bench
 # step_kernels): a tile of half-precision numbers has 32 of them a thread. float32 products take three passes of TF32.
 LAUNCH = {
@@ -35,7 +36,7 @@ def _tile(bottom, weight, rows, sample, column, TABLES: tl.constexpr, DIM: tl.co
     vector = tl.arange(0, VECTORS)
     inside = column < DIM
     is_table = (vector > 0) & (vector <= TABLES)
-    places = rows[:, None] * DIM + column[None, :]
+    places = rows[:, None].to(tl.int64) * DIM + column[None, :]
     found = tl.load(weight + places, mask=is_table[:, None] & inside[None, :], other=0.0)
     first = tl.load(bottom + sample * DIM + column, mask=inside, other=0.0)
     found = rounded(found.to(tl.float32), bottom.dtype.element_ty)
@@ -48,24 +49,30 @@ def _pair(i, j, SELF: tl.constexpr):
     return (i * (i + 1) // 2 if SELF else i * (i - 1) // 2) + j
 
 
+@triton.jit(do_not_specialize=["lookups"])  # a last, short batch compiles nothing
+def _find_rows(sparse, begins, limits, rows, lookups, TABLES: tl.constexpr, HASH: tl.constexpr, BLOCK: tl.constexpr):
+    """Rows of the joint weight for ids. Here and not in _forward, where every thread would divide for a whole row."""
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there, table = place < lookups, place % TABLES
+    row = tl.load(sparse + place, mask=there, other=0).to(rows.dtype.element_ty)
+    if HASH:
+        limit = tl.load(limits + table).to(row.dtype)
+        row = row % limit
+        row = tl.where(row < 0, row + limit, row)
+    tl.store(rows + place, row + tl.load(begins + table).to(row.dtype), mask=there)
+
+
 @triton.jit
 def _forward(
-    bottom, sparse, weight, begins, limits, out, rows_out, TABLES: tl.constexpr, DIM: tl.constexpr, SELF: tl.constexpr,
-    HASH: tl.constexpr, KEEP_ROWS: tl.constexpr, PRECISION: tl.constexpr, VECTORS: tl.constexpr, CHUNK: tl.constexpr,
+    bottom, rows_in, weight, out, TABLES: tl.constexpr, DIM: tl.constexpr, SELF: tl.constexpr,
+    PRECISION: tl.constexpr, VECTORS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     PAIRS: tl.constexpr = TABLES * (TABLES + 1) // 2 + (TABLES + 1 if SELF else 0)
     WIDTH: tl.constexpr = DIM + PAIRS + 1
     sample = tl.program_id(0).to(tl.int64)
     vector = tl.arange(0, VECTORS)
     is_table = (vector > 0) & (vector <= TABLES)
-    ids = tl.load(sparse + sample * TABLES + vector - 1, mask=is_table, other=0).to(tl.int64)
-    if HASH:
-        limit = tl.load(limits + vector - 1, mask=is_table, other=1)
-        ids = ids % limit
-        ids = tl.where(ids < 0, ids + limit, ids)
-    rows = ids + tl.load(begins + vector - 1, mask=is_table, other=0)
-    if KEEP_ROWS:
-        tl.store(rows_out + sample * TABLES + vector - 1, rows.to(rows_out.dtype.element_ty), mask=is_table)
+    rows = tl.load(rows_in + sample * TABLES + vector - 1, mask=is_table, other=0)
     products = tl.zeros((VECTORS, VECTORS), tl.float32)
     for begin in tl.static_range(0, DIM, CHUNK):
         column = begin + tl.arange(0, CHUNK)
@@ -89,7 +96,7 @@ def _backward(
     sample = tl.program_id(0).to(tl.int64)
     vector = tl.arange(0, VECTORS)
     is_table = (vector > 0) & (vector <= TABLES)
-    rows = tl.load(rows_in + sample * TABLES + vector - 1, mask=is_table, other=0).to(tl.int64)
+    rows = tl.load(rows_in + sample * TABLES + vector - 1, mask=is_table, other=0)
     i, j = vector[:, None], vector[None, :]
     # products = tile @ tile.T, so the gradient of the tile is (g + g.T) @ tile: both triangles filled, diagonal twice.
     pair = _pair(tl.maximum(i, j), tl.minimum(i, j), SELF)
@@ -124,35 +131,42 @@ def _check(bottom: torch.Tensor, tables: int, dim: int) -> None:
         raise ValueError(f"bottom: expected a contiguous tensor [B, {dim}], got {tuple(bottom.shape)}")
 
 
-def forward(
-    bottom: torch.Tensor, sparse: torch.Tensor, weight: torch.Tensor, begins: torch.Tensor, limits: torch.Tensor,
-    hash_indices: bool, self_interaction: bool, keep_rows: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
-    """bottom [B, D], sparse int32 [B, T], weight [R, D], begins and limits int64 [T] (first row and size of the tables)
-    -> [bottom, dot products, 0] of bottom's type [B, W], and with keep_rows the rows [B, T], int32 where R allows.
+def find_rows(
+    sparse: torch.Tensor, begins: torch.Tensor, limits: torch.Tensor, hash_indices: bool, height: int
+) -> torch.Tensor:
+    """sparse int32 [B, T], contiguous; begins and limits int64 [T]: first row and size of the tables in a weight of
+    `height` rows -> rows of that weight [B, T], int32 where height allows, else int64.
 
-    Ids must lie within their tables, unless hash_indices takes them modulo the size. weight may be float32, bfloat16 or
-    float16, in device memory or in pinned host memory. Contiguous tensors. Bytes: see forward_cost.
+    Ids must lie within their tables, unless hash_indices takes them modulo the size.
     """
-    (batch, tables), dim = sparse.shape, weight.shape[1]
+    rows = torch.empty_like(sparse, dtype=torch.int32 if height < 2**31 else torch.int64)
+    if len(sparse):
+        grid = (triton.cdiv(sparse.numel(), IDS),)
+        _find_rows[grid](sparse, begins, limits, rows, sparse.numel(), sparse.shape[1], hash_indices, IDS, num_warps=4)
+    return rows
+
+
+def forward(bottom: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, self_interaction: bool) -> torch.Tensor:
+    """bottom [B, D], rows int [B, T] of weight [R, D] -> [bottom, dot products, 0] of bottom's type [B, W].
+
+    weight may be float32, bfloat16 or float16. Contiguous tensors. Bytes: see forward_cost.
+    """
+    (batch, tables), dim = rows.shape, weight.shape[1]
     _check(bottom, tables, dim)
     pairs = tables * (tables + 1) // 2 + (tables + 1 if self_interaction else 0)
     out = bottom.new_empty(batch, dim + pairs + 1)
-    kind = torch.int32 if len(weight) < 2**31 else torch.int64
-    rows = torch.empty(sparse.shape if keep_rows else (0,), dtype=kind, device=sparse.device)
     vectors, chunk, warps = launch(tables, dim, bottom.element_size())
     if batch:
         _forward[(batch,)](
-            bottom, sparse, weight, begins, limits, out, rows, tables, dim, self_interaction, hash_indices, keep_rows,
-            _precision(), vectors, chunk, num_warps=warps,
-        )  # fmt: skip
-    return out, rows if keep_rows else None
+            bottom, rows, weight, out, tables, dim, self_interaction, _precision(), vectors, chunk, num_warps=warps
+        )
+    return out
 
 
 def backward(
     grad: torch.Tensor, bottom: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, self_interaction: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """grad [B, W] of forward's output, its bottom, rows and weight -> gradients of bottom [B, D] and of every look-up
+    """grad [B, W] of forward's output, and its input -> gradients of bottom [B, D] and of every look-up
     [B * T, D], in the type of bottom. Bytes: see backward_cost."""
     (batch, tables), dim = rows.shape, weight.shape[1]
     _check(bottom, tables, dim)
@@ -166,10 +180,15 @@ def backward(
     return grad_bottom, grad_tables
 
 
+def rows_cost(s: Shape) -> Cost:
+    """Ids read, the rows' numbers written."""
+    return Cost(s.lookups * (4 + 4), 0.0)
+
+
 def forward_cost(s: Shape) -> Cost:
-    """Ids, rows and bottom read; the output and the rows' numbers written. Products of the padded tile."""
+    """Rows' numbers, rows and bottom read; the output written. Products of the padded tile."""
     padded = max(16, triton.next_power_of_2(s.tables + 1))
-    moved = s.lookups * (4 + s.dim * s.weight + 4) + s.batch * (s.dim + s.width) * s.matrix
+    moved = s.lookups * (4 + s.dim * s.weight) + s.batch * (s.dim + s.width) * s.matrix
     return Cost(moved, 2.0 * s.batch * padded * padded * s.dim)
 
 

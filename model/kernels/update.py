@@ -29,9 +29,11 @@ def piece_length(dim: int) -> int:
     return max(16, min(64, TILE // triton.next_power_of_2(dim)))
 
 
-def piece_warps(dim: int) -> int:
-    """Warps of a piece's program: 16 elements of the tile a thread."""
-    return max(4, piece_length(dim) * triton.next_power_of_2(dim) // (16 * 32))
+def piece_warps(dim: int, rule: str, grad_bytes: int) -> int:
+    """Warps of a piece's program: 32 elements of the tile a thread, which saves a quarter of the instructions of 16, or
+    16 where 32 would take too many registers."""
+    elements = 32 if rule in ("sgd", "rowwise_adagrad") and grad_bytes == 2 else 16
+    return max(4, piece_length(dim) * triton.next_power_of_2(dim) // (elements * 32))
 
 
 @triton.jit
@@ -180,7 +182,7 @@ def update(
     scalars = lr, scale, step, scale if skip is None else skip, lookups
     _step_pieces[(pieces,)](
         keys, places, grads.contiguous(), partials, weight, sums, squares, *scalars, dim, columns, piece, *last,
-        num_warps=piece_warps(dim),
+        num_warps=piece_warps(dim, rule, grads.element_size()),
     )  # fmt: skip
     if pieces > 1:
         group = PARTIALS // columns

@@ -86,10 +86,10 @@ def forward_and_backward() -> None:
         if hashed:
             ids += (torch.randint(-3, 4, ids.shape, device=DEVICE) * limits).int()
         bottom = torch.randn(len(ids), dim, device=DEVICE).to(matrices)
-        out, found_rows = lookup_interaction.forward(
-            bottom, ids, weight, begins, limits, hashed, self_interaction, keep_rows=True
-        )
-        assert torch.equal(found_rows.long(), rows), case
+        for height in (len(weight), 2**31):
+            found_rows = lookup_interaction.find_rows(ids, begins, limits, hashed, height)
+            assert torch.equal(found_rows.long(), rows), case
+        out = lookup_interaction.forward(bottom, found_rows, weight, self_interaction)
         grad = torch.randn_like(out)
         interaction = DotInteraction(len(sizes) + 1, dim, self_interaction).to(DEVICE)
         results = []
@@ -221,12 +221,11 @@ def refusals() -> None:
     """Shapes and types that the kernels cannot do are errors that say what was expected."""
     weight, bottom = torch.zeros(9, 12, device=DEVICE), torch.zeros(2, 12, device=DEVICE)
     ids, ones = torch.zeros(2, 3, dtype=torch.int32, device=DEVICE), torch.ones((), device=DEVICE)
-    limits = torch.full((3,), 3, device=DEVICE)
     scalars = "sgd", 0.0, (0.9, 0.999), ones, ones, ones.long()
     with pytest.raises(ValueError, match="multiple of 8, up to 512; got 3 tables of dim 12"):
-        lookup_interaction.forward(bottom, ids, weight, limits, limits, False, False, False)
+        lookup_interaction.forward(bottom, ids, weight, False)
     with pytest.raises(ValueError, match=r"expected a contiguous tensor \[B, 16\], got \(2, 12\)"):
-        lookup_interaction.forward(bottom, ids, weight.new_zeros(9, 16), limits, limits, False, False, False)
+        lookup_interaction.forward(bottom, ids, weight.new_zeros(9, 16), False)
     with pytest.raises(ValueError, match="of one dim, a multiple of 8 up to 512; got 12 and 12"):
         update.update(weight, {}, ids[:, 0], bottom, *scalars)
     for records in (ids, torch.zeros(2, 40, device=DEVICE), torch.zeros(40, 40, dtype=torch.int32, device=DEVICE).T):
@@ -243,7 +242,7 @@ def benchmark() -> None:
         calls = step_kernels.calls(config, 3, "bfloat16", weights, rule, DEVICE)
         assert calls.keys() == step_kernels.costs(step_kernels.draw_shape(config, 3, 4, 2), rule).keys()
         found = {name: call() for name, call in calls.items()}
-        assert found["forward"][0].shape == (3, 64 + 27 * 26 // 2 + 1) and found["backward"][1].shape == (3 * 26, 64)
+        assert found["forward"].shape == (3, 64 + 27 * 26 // 2 + 1) and found["backward"][1].shape == (3 * 26, 64)
         assert [len(part) for part in found["unpack"]] == [3, 3, 3]
         assert INTERPRETED or step_kernels.seconds_taken(calls["step"]) > 0
 
