@@ -38,7 +38,7 @@ class Optimizer:
     def table_rule(
         self, stochastic: bool = True
     ) -> Callable[[torch.Tensor, State, torch.Tensor, torch.Tensor, torch.Tensor, int], None]:
-        """rule(weight [R, D], state, index int64 [N], grad [N, D], lr scalar, step from 1), in place.
+        """rule(weight [R, D], state, index int64 [N], grad [N, D], lr scalar, step from 1: int or scalar), in place.
 
         stochastic: how a bfloat16 or float16 weight is rounded; False: to nearest.
         """
@@ -119,7 +119,8 @@ def _adam(settings: Optimizer, stochastic: bool):
         first = state["exp_avg"][rows].lerp_(total, 1 - beta1)
         second = state["exp_avg_sq"][rows].lerp_(total.square(), 1 - beta2)
         state["exp_avg"][rows], state["exp_avg_sq"][rows] = first, second
-        scale = -lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
+        number = int(step)  # in float64: 1 - 0.999 has no digits to spare
+        scale = -lr * (1 - beta2**number) ** 0.5 / (1 - beta1**number)
         change = scale * first / (second.sqrt_() + settings.epsilon)
         _change(weight, rows, change, step if stochastic else None)
 
