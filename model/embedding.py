@@ -121,7 +121,7 @@ class _Tables(nn.Module):
 
     @property
     def step(self) -> int | torch.Tensor:
-        """Number of the step, from 1: a number, or an int64 scalar on the device."""
+        """Number of the step, from 1: a number, or a scalar on the device."""
         return self._step
 
     @step.setter

@@ -73,7 +73,7 @@ def _step_rows(
         change = rate * first / (tl.sqrt(second) + EPS)
     new = old - change
     if STOCHASTIC:
-        bits = random_bits(tl.load(step), rows, column.shape[1])
+        bits = random_bits(tl.load(step).to(tl.int64), rows, column.shape[1])
         tl.store(weight + at, stochastically_rounded(new, bits, weight.dtype.element_ty), mask=inside)
     else:
         tl.store(weight + at, rounded(new, weight.dtype.element_ty), mask=inside)
@@ -159,7 +159,7 @@ def update(
 ) -> None:  # fmt: skip
     """One step of the rows int [N] of weight [R, D], of which grads [N, D] are the gradients times `scale`, in place.
 
-    state: the rule's (optimizers.table_state). lr, scale float32 and step int64: scalars on the device, so that a CUDA
+    state: the rule's (optimizers.table_state). lr, scale, step: scalars on the device, so that a CUDA
     graph sees their new values. stochastic: round half-precision weights stochastically, by (step, row, column).
     skip: a float32 scalar on the device; where it is above 0, nothing changes. order: what sort_lookups made of the
     rows, if that is known already. weight may lie in pinned host memory. Equal input gives equal bits. Bytes: see

@@ -179,7 +179,7 @@ def rounding() -> None:
             spread = up.mean(axis).std() / (share * (1 - share) / up.shape[axis]) ** 0.5
             assert 0.6 < spread < 1.5, (dtype, axis, spread)
         settings = Optimizer("sgd")
-        scalars = [torch.tensor(value, device=DEVICE) for value in (0.1, 8.0, 4)]
+        scalars = [torch.tensor(value, device=DEVICE) for value in (0.1, 8.0, 4.0)]
         other = low.clone()
         update.update(other, {}, rows, grads, "sgd", 0.0, settings.betas, *scalars)
         assert 0.3 < (other != found).float().mean() / (2 * share * (1 - share)) < 2
