@@ -91,7 +91,7 @@ class Session:
         torch.manual_seed(args.seed)
         mlps, tables = flags.optimizers(args)
         with self.device:
-            model = DLRM(config, args.use_embedding_ext, tables)
+            model = DLRM(config, args.use_embedding_ext, tables, flags.storage(args))
         self.loader = self.load("train", args.batch_size, args.shuffle_batch_order, args.seed)
         schedule, precision = flags.schedule(args, len(self.loader)), flags.precision(args, self.device)
         self.trainer = Trainer(model, schedule, precision, mlps, (args.embedding_lr or args.lr) / args.lr)

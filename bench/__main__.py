@@ -5,6 +5,7 @@
     python -m bench etl           raw text -> data set, beside a Polars pipeline that does the same work
     python -m bench slab          the encoder's functions one by one, CPU or GPU, beside pandas or cuDF
     python -m bench kernels       the encoder's GPU kernels compiled: registers, spills, bytes moved
+    python -m bench step_kernels  the training step's GPU kernels: machine code, least time predicted, time on a GPU
     python -m bench load          data set -> batches: plain loader, DALI, per-row DataLoader
     python -m bench train         the training step, beside torch's EmbeddingBag with sparse gradients
 """
@@ -17,7 +18,7 @@ import sys
 from bench import machine
 from bench.command import BenchError
 
-NAMES = ("quickstart", "kaggle", "etl", "slab", "kernels", "load", "train")
+NAMES = ("quickstart", "kaggle", "etl", "slab", "kernels", "step_kernels", "load", "train")
 
 
 def main(argv: list[str] | None = None) -> int:

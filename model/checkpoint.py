@@ -1,9 +1,11 @@
 """Checkpoints: a folder of safetensors files (tensors) and one JSON file (everything else). Nothing is pickled.
 
     mlps.safetensors       bottom.*, interaction.* and top.*, float32
-    tables.safetensors     table_00 ... table_25, float32 [rows, D]; slices of rows can be read without the rest
+    tables.safetensors     table_00 ... table_25 [rows, D] in the model's type; slices of rows can be read alone
     optimizer.safetensors  mlps.<number>.<name>, and table_00.<name> ...: what the optimisers remember; none for SGD
     state.json             model configuration, optimisers, steps done, size and CRC-32 of each file, the run's state
+
+Tables load into a model whose tables are of another type: exactly into a wider one, rounded to nearest into a narrower.
 """
 
 import json

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from model.config import ModelConfig
-from model.embedding import JointEmbedding, TorchEmbedding
+from model.embedding import JointEmbedding, Storage, TorchEmbedding
+from model.fused import fuses, lookup_dot
 from model.interaction import CatInteraction, CrossInteraction, DotInteraction
 from model.optimizers import Optimizer
 
@@ -34,17 +35,18 @@ def mlp(inputs: int, sizes: tuple[int, ...], last_relu: bool) -> nn.Sequential:
 
 class DLRM(nn.Module):
     """See the top of the file. fused_embedding: False uses torch's own sparse gradients instead of the fused update;
-    table_optimizer: of the embedding tables."""
+    table_optimizer, storage: of the embedding tables."""
 
     def __init__(
-        self, config: ModelConfig, fused_embedding: bool = True, table_optimizer: Optimizer = Optimizer()  # noqa: B008
-    ):
+        self, config: ModelConfig, fused_embedding: bool = True, table_optimizer: Optimizer = Optimizer(),  # noqa: B008
+        storage: Storage = Storage(),  # noqa: B008
+    ):  # fmt: skip
         super().__init__()
         self.config = config
         tables, dim = config.categorical_feature_sizes, config.embedding_dim
         self.bottom = mlp(config.num_numerical_features, config.bottom_mlp_sizes, last_relu=True)
         embedding = JointEmbedding if fused_embedding else TorchEmbedding
-        self.embedding = embedding(tables, dim, config.hash_indices, table_optimizer)
+        self.embedding = embedding(tables, dim, config.hash_indices, table_optimizer, storage)
         vectors = 1 + len(tables)
         self.interaction = {
             "dot": lambda: DotInteraction(vectors, dim, config.self_interaction),
@@ -56,8 +58,11 @@ class DLRM(nn.Module):
     def forward(self, dense: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
         """dense float32 [B, N] (logged), sparse int32 [B, T] -> logits float32 [B]."""
         bottom = self.bottom(dense)
-        vectors = self.embedding(sparse).to(bottom.dtype)
-        return self.top(self.interaction(bottom, vectors)).float().squeeze(1)
+        if fuses(self.embedding, self.interaction, bottom):
+            features = lookup_dot(bottom, sparse, self.embedding, self.interaction)
+        else:
+            features = self.interaction(bottom, self.embedding(sparse).to(bottom.dtype))
+        return self.top(features).float().squeeze(1)
 
     def dense_parameters(self) -> list[nn.Parameter]:
         """Parameters of the MLPs and the interaction: all that an optimiser outside has to update."""

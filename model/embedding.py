@@ -3,23 +3,67 @@
 Interface of every embedding module: forward(sparse int32 [B, T]) -> float32 [B, T, D]; in training, the rows looked up
 take a step of `optimizer` (optimizers.py) with the sum of the gradients of all their look-ups during backward. The
 learning rate is read from the scalar tensor `lr`, the number of the step (from 1) from `step`; gradients are divided by
-`loss_scale` first.
+`loss_scale` first. These two are set to a number, or once and for all to a scalar tensor. On a GPU all three are read
+from device memory, so that a CUDA graph sees what was set before its replay (set numbers outside of the graph).
 """
+
+import weakref
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from model import kernels
+from model.config import ConfigError
 from model.optimizers import Optimizer
+
+PLACEMENTS = ("device", "host")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How tables are kept. dtype: float32, bfloat16 or float16; half types are rounded stochastically after a step, or
+    to nearest without `stochastic`. placement: "device", or "host": memory of the host, which a GPU reads and writes
+    in place, over its bus, so that tables larger than its memory can be trained, slower."""
+
+    dtype: torch.dtype = torch.float32
+    stochastic: bool = True
+    placement: str = "device"
+
+
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Whether Triton kernels work on this tensor."""
+    return tensor.is_cuda
+
+
+def _pinned(weight: torch.Tensor, owner: nn.Module) -> torch.Tensor:
+    """The same tensor, its memory opened to the GPU where it lies, as long as the owner lives. Raises ConfigError.
+
+    Not torch's pin_memory(): its allocator rounds up to a power of two.
+    """
+    status = torch.cuda.cudart().cudaHostRegister(weight.data_ptr(), weight.numel() * weight.element_size(), 0)
+    if int(status):
+        raise ConfigError(
+            f"--table_placement host: {weight.numel() * weight.element_size():,} bytes of host memory could not be "
+            f"pinned (CUDA error {int(status)}); check `ulimit -l` and free memory, or take smaller tables"
+        )
+    weakref.finalize(owner, torch.cuda.cudart().cudaHostUnregister, weight.data_ptr()).atexit = False
+    return weight
+
+
+def _scalar(buffer: torch.Tensor, value: float | torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or the buffer with the number in it."""
+    return value if isinstance(value, torch.Tensor) else buffer.fill_(value)
 
 
 class _Lookup(torch.autograd.Function):
-    """weight [R, D], index int64 [N] -> rows [N, D]; backward lets the module update its weight in place."""
+    """weight [R, D], index int64 [N] -> rows float32 [N, D]; backward lets the module update its weight in place."""
 
     @staticmethod
     def forward(ctx, weight, index, module):
         ctx.index, ctx.module = index, module
-        return F.embedding(index, weight)
+        return module.gather(index)
 
     @staticmethod
     def backward(ctx, grad):
@@ -30,22 +74,73 @@ class _Lookup(torch.autograd.Function):
 class _Tables(nn.Module):
     """T tables stacked into one weight [sum of sizes, D], and the shift from ids to its rows."""
 
-    def __init__(self, sizes: tuple[int, ...], dim: int, hash_indices: bool, optimizer: Optimizer = Optimizer()):  # noqa: B008
+    def __init__(
+        self, sizes: tuple[int, ...], dim: int, hash_indices: bool, optimizer: Optimizer = Optimizer(),  # noqa: B008
+        storage: Storage = Storage(),
+    ):  # fmt: skip
         super().__init__()
-        self.optimizer, self._rule = optimizer, optimizer.table_rule()
-        self.step, self.loss_scale = 0, 1.0
+        self.optimizer, self.storage = optimizer, storage
+        self._rule = optimizer.table_rule(storage.stochastic)
         self.sizes, self.dim, self.hash_indices = tuple(sizes), dim, hash_indices
-        self.weight = nn.Parameter(torch.empty(sum(sizes), dim))
         begins = torch.tensor([0, *sizes]).cumsum(0)
         self.register_buffer("begins", begins[:-1].clone(), persistent=False)
         self.register_buffer("limits", torch.tensor(sizes), persistent=False)
         self.register_buffer("lr", torch.zeros(()), persistent=False)
+        self.register_buffer("_step_scalar", torch.zeros((), dtype=torch.int64), persistent=False)
+        self.register_buffer("_scale_scalar", torch.ones(()), persistent=False)
+        self.step, self.loss_scale = 0, 1.0
+        self.weight = nn.Parameter(self._new_weight())
         for name, tensor in optimizer.table_state(sum(sizes), dim).items():
-            self.register_buffer(f"state_{name}", tensor.to(self.weight.device), persistent=False)
-        with torch.no_grad():
-            for table in self.tables():
-                bound = len(table) ** -0.5
+            self.register_buffer(f"state_{name}", tensor.to(self.lr.device), persistent=False)
+        self._draw()
+
+    def _new_weight(self) -> torch.Tensor:
+        shape, dtype = (sum(self.sizes), self.dim), self.storage.dtype
+        if self.storage.placement == "device":
+            return torch.empty(shape, dtype=dtype)
+        weight = torch.empty(shape, dtype=dtype, device="cpu")
+        if not on_gpu(self.lr):
+            return weight
+        if not self.has_kernels:
+            raise ConfigError(
+                "--table_placement host: expected an embedding_dim that is a multiple of 8, up to "
+                f"{kernels.MOST_COLUMNS}, and up to {kernels.MOST_TABLES} tables; got {self.dim} and {len(self.sizes)}"
+            )
+        return _pinned(weight, self)
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        """Uniform between -1 and 1 over the root of the table's size; the same numbers, rounded, for half types."""
+        for table in self.tables():
+            bound = len(table) ** -0.5
+            if table.dtype == torch.float32:
                 table.uniform_(-bound, bound)
+                continue
+            for part in table.split(1 << 20):
+                part.copy_(torch.empty_like(part, dtype=torch.float32).uniform_(-bound, bound))
+
+    @property
+    def step(self) -> int | torch.Tensor:
+        """Number of the step, from 1: a number, or a scalar on the device."""
+        return self._step
+
+    @step.setter
+    def step(self, number: int | torch.Tensor) -> None:
+        self._step, self._step_scalar = number, _scalar(self._step_scalar, number)
+
+    @property
+    def loss_scale(self) -> float | torch.Tensor:
+        """What gradients are divided by: a number, or a float32 scalar on the device."""
+        return self._scale
+
+    @loss_scale.setter
+    def loss_scale(self, scale: float | torch.Tensor) -> None:
+        self._scale, self._scale_scalar = scale, _scalar(self._scale_scalar, scale)
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether the Triton kernels know this shape."""
+        return kernels.supported(len(self.sizes), self.dim)
 
     def tables(self) -> tuple[torch.Tensor, ...]:
         """Views [size, D] of the single tables."""
@@ -56,12 +151,22 @@ class _Tables(nn.Module):
         return {name.removeprefix("state_"): buffer for name, buffer in self.named_buffers() if name[:6] == "state_"}
 
     @torch.no_grad()
-    def update(self, index: torch.Tensor, grad: torch.Tensor) -> None:
+    def update(self, index: torch.Tensor, grad: torch.Tensor, skip: torch.Tensor | None = None) -> None:
         """One optimiser step for the rows index int64 [N], of which grad float [N, D] are the gradients, times
-        loss_scale."""
-        if self.loss_scale != 1.0:
+        loss_scale. skip: a float32 scalar on the device; above 0, nothing changes."""
+        self._take_step(index, grad, skip)
+
+    def _take_step(self, index: torch.Tensor, grad: torch.Tensor, skip: torch.Tensor | None) -> None:
+        if skip is not None and skip > 0:
+            return
+        grad = grad.to(self.lr.dtype)
+        if isinstance(self.loss_scale, torch.Tensor) or self.loss_scale != 1.0:
             grad = grad / self.loss_scale
         self._rule(self.weight, self.state(), index, grad, self.lr, self.step)
+
+    def gather(self, index: torch.Tensor) -> torch.Tensor:
+        """Rows float32 [N, D] of the joint weight for index int64 [N]."""
+        return F.embedding(index, self.weight).to(self.lr.dtype)
 
     def rows(self, sparse: torch.Tensor) -> torch.Tensor:
         """Rows of the joint weight, int64 [B * T], for ids int32 [B, T]."""
@@ -72,28 +177,55 @@ class _Tables(nn.Module):
 
 
 class JointEmbedding(_Tables):
-    """The tables with the update fused into backward."""
+    """The tables with the update fused into backward; on a GPU by the kernels of model/kernels, where they know the
+    shape. All is deterministic: equal input, equal bits."""
 
     def forward(self, sparse: torch.Tensor) -> torch.Tensor:
         """ids int32 [B, T] -> vectors float32 [B, T, D]."""
         index = self.rows(sparse)
-        if torch.is_grad_enabled():
-            return _Lookup.apply(self.weight, index, self).view(*sparse.shape, self.dim)
-        return F.embedding(index, self.weight).view(*sparse.shape, self.dim)
+        found = _Lookup.apply(self.weight, index, self) if torch.is_grad_enabled() else self.gather(index)
+        return found.view(*sparse.shape, self.dim)
+
+    def source(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A weight on the device and the places in it of rows int [...]: the weight itself, or, where it lies in host
+        memory and a GPU asks, the part of it that has these rows."""
+        weight = self.weight.detach()
+        if self.storage.placement == "device" or not on_gpu(rows):
+            return weight, rows
+        from model.kernels import staging, update
+
+        part, slots = staging.stage(weight, *update.sort_lookups(rows.flatten(), len(weight)))
+        return part, slots.view(rows.shape)
+
+    def gather(self, index: torch.Tensor) -> torch.Tensor:
+        """See _Tables."""
+        weight, places = self.source(index)
+        return F.embedding(places, weight).to(self.lr.dtype)
+
+    def _take_step(self, index: torch.Tensor, grad: torch.Tensor, skip: torch.Tensor | None) -> None:
+        if not (on_gpu(grad) and self.has_kernels):
+            return super()._take_step(index, grad, skip)
+        from model.kernels.update import update
+
+        rule = self.optimizer
+        update(
+            self.weight, self.state(), index, grad, rule.name, rule.epsilon, rule.betas, self.lr,
+            self._scale_scalar, self._step_scalar, self.storage.stochastic, skip,
+        )  # fmt: skip
 
 
 class TorchEmbedding(_Tables):
-    """The same through torch's own sparse gradients: slower, the specification of JointEmbedding."""
+    """The same through torch's own sparse gradients: slower, the specification of JointEmbedding. float32 only."""
 
     def __init__(self, *settings):
         super().__init__(*settings)
-        self.weight.register_post_accumulate_grad_hook(self._step)
+        self.weight.register_post_accumulate_grad_hook(self._after_backward)
 
     def forward(self, sparse: torch.Tensor) -> torch.Tensor:
         """ids int32 [B, T] -> vectors float32 [B, T, D]."""
         return F.embedding(self.rows(sparse), self.weight, sparse=True).view(*sparse.shape, self.dim)
 
-    def _step(self, weight: torch.Tensor) -> None:
+    def _after_backward(self, weight: torch.Tensor) -> None:
         gradient = weight.grad.coalesce()
         weight.grad = None
         self.update(gradient.indices()[0], gradient.values())

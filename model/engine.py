@@ -47,7 +47,7 @@ class Trainer:
         optimizer: Optimizer = Optimizer(), table_lr: float = 1.0,  # noqa: B008
     ):  # fmt: skip
         self.model, self.schedule, self.precision = model, schedule, precision
-        self.device = model.embedding.weight.device
+        self.device = model.top[0].weight.device  # the tables may lie elsewhere
         self.optimizer, self._settings = optimizer.for_mlps(model.dense_parameters()), optimizer
         self._table_lr = table_lr
         self.clock = Clock(self.device)

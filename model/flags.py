@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from model.config import ConfigError, names
+from model.embedding import PLACEMENTS, Storage
 from model.engine import LoopOptions, Precision
 from model.keeper import KeepOptions
 from model.optimizers import NAMES, Optimizer
@@ -16,6 +17,7 @@ from model.schedule import Schedule
 
 RECIPES = Path(__file__).parent / "recipes"
 MODES = ("train", "test", "predict", "inference_benchmark", "export")
+TABLE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TRUE, FALSE = ("true", "t", "1", "yes"), ("false", "f", "0", "no")
 
 
@@ -163,6 +165,18 @@ def _add_precision_flags(group) -> None:
         "--use_embedding_ext", action=_Boolean, default=True,
         help="embedding update fused into backward; false: torch's sparse gradients (default: true)",
     )  # fmt: skip
+    group.add_argument(
+        "--embedding_dtype", default="float32", choices=TABLE_TYPES,
+        help="type of the tables' weights; a checkpoint's are converted to it (default: float32)",
+    )  # fmt: skip
+    group.add_argument(
+        "--stochastic_rounding", action=_Boolean, default=True,
+        help="of half-precision tables after a step; false: to nearest (default: true)",
+    )
+    group.add_argument(
+        "--table_placement", default="device", choices=PLACEMENTS,
+        help="host: the tables stay in host memory, and a GPU reads and writes their rows there (default: device)",
+    )
     group.add_argument("--seed", type=int, default=0, help="of the initial weights and the order (default: 0)")
     group.add_argument("--profile_steps", type=_count(0), default=0, metavar="N", help="profile N steps, then stop")
 
@@ -227,6 +241,8 @@ def check(args: argparse.Namespace) -> None:
     """Raise ConfigError where flags contradict each other or a number is out of range."""
     if args.amp and args.fp16:
         raise ConfigError("--amp (bfloat16) and --fp16 (float16): choose one")
+    if storage(args) != Storage() and not args.use_embedding_ext:
+        raise ConfigError("--embedding_dtype, --stochastic_rounding, --table_placement: only with --use_embedding_ext")
     if args.test_only:
         args.mode = "test"
     if args.mode != "train" and not args.ckpt:
@@ -258,6 +274,11 @@ def optimizers(args: argparse.Namespace) -> tuple[Optimizer, Optimizer]:
     """Those of the MLPs and of the tables."""
     names = args.optimizer, args.embedding_optimizer or args.optimizer
     return tuple(Optimizer(name, args.eps, tuple(args.betas)) for name in names)
+
+
+def storage(args: argparse.Namespace) -> Storage:
+    """How the tables are kept."""
+    return Storage(TABLE_TYPES[args.embedding_dtype], args.stochastic_rounding, args.table_placement)
 
 
 def precision(args: argparse.Namespace, device: torch.device) -> Precision:

@@ -14,7 +14,7 @@ class DotInteraction(nn.Module):
         super().__init__()
         rows, columns = torch.tril_indices(vectors, vectors, 0 if self_interaction else -1)
         self.register_buffer("pairs", rows * vectors + columns, persistent=False)
-        self.width = dim + len(self.pairs) + 1
+        self.self_interaction, self.width = self_interaction, dim + len(self.pairs) + 1
 
     def forward(self, bottom: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
         """bottom [B, D] and vectors [B, T, D] of one dtype -> [B, D + pairs + 1]."""

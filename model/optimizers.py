@@ -35,9 +35,15 @@ class Optimizer:
         }  # fmt: skip
         return {name: torch.zeros(shape) for name, shape in shapes[self.name].items()}
 
-    def table_rule(self) -> Callable[[torch.Tensor, State, torch.Tensor, torch.Tensor, torch.Tensor, int], None]:
-        """rule(weight [R, D], state, index int64 [N], grad [N, D], lr scalar, step from 1), in place."""
-        return {"sgd": _sgd, "rowwise_adagrad": _adagrad, "adagrad": _adagrad, "adam": _adam}[self.name](self)
+    def table_rule(
+        self, stochastic: bool = True
+    ) -> Callable[[torch.Tensor, State, torch.Tensor, torch.Tensor, torch.Tensor, int], None]:
+        """rule(weight [R, D], state, index int64 [N], grad [N, D], lr scalar, step from 1: int or scalar), in place.
+
+        stochastic: how a bfloat16 or float16 weight is rounded; False: to nearest.
+        """
+        rules = {"sgd": _sgd, "rowwise_adagrad": _adagrad, "adagrad": _adagrad, "adam": _adam}
+        return rules[self.name](self, stochastic)
 
     def for_mlps(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         """torch's optimiser of that name; row-wise Adagrad becomes Adagrad, as MLPs have no rows."""
@@ -54,14 +60,39 @@ def _summed(index: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torc
     return rows, grad.new_zeros(len(rows), grad.shape[1]).index_add_(0, place, grad)
 
 
-def _sgd(_: Optimizer):
+def stochastically_rounded(values: torch.Tensor, dtype: torch.dtype, seed: int | torch.Tensor) -> torch.Tensor:
+    """float32 values as bfloat16 or float16: one of the two neighbours, each the likelier the nearer it is, so that a
+    sum of many changes that are too small for a digit of the weight is right on average. Equal seeds, equal bits."""
+    mantissa, least = {torch.bfloat16: (7, 2.0**-126), torch.float16: (10, 2.0**-24)}[dtype]
+    digits = 23 - mantissa
+    power = (values.view(torch.int32) & 0x7F800000).view(torch.float32)
+    spacing = (power * 2.0**-mantissa).clamp_(min=least)
+    generator = torch.Generator(values.device).manual_seed(int(seed))
+    random = torch.randint(1 << digits, values.shape, generator=generator, dtype=torch.float32, device=values.device)
+    return (values / spacing).add_(random, alpha=2.0**-digits).floor_().mul_(spacing).to(dtype)
+
+
+def _change(weight: torch.Tensor, rows: torch.Tensor, change: torch.Tensor, seed: int | None) -> None:
+    """weight[rows] += change, for distinct rows; seed: of stochastic rounding, None for rounding to nearest."""
+    if weight.dtype not in (torch.bfloat16, torch.float16):
+        weight.index_add_(0, rows, change)
+        return
+    new = weight[rows].float().add_(change)
+    weight[rows] = new.to(weight.dtype) if seed is None else stochastically_rounded(new, weight.dtype, seed)
+
+
+def _sgd(_: Optimizer, stochastic: bool):
     def rule(weight, state, index, grad, lr, step):
-        weight.index_add_(0, index, grad * -lr)
+        if weight.dtype in (torch.bfloat16, torch.float16):
+            rows, total = _summed(index, grad)
+            _change(weight, rows, total * -lr, step if stochastic else None)
+        else:
+            weight.index_add_(0, index, grad * -lr)
 
     return rule
 
 
-def _adagrad(settings: Optimizer):
+def _adagrad(settings: Optimizer, stochastic: bool):
     """Duchi, Hazan, Singer 2011; row-wise, a row has one sum: that of its gradients' mean squares (FBGEMM's
     EXACT_ROWWISE_ADAGRAD)."""
 
@@ -73,12 +104,13 @@ def _adagrad(settings: Optimizer):
         squares += state["sum"][rows]
         state["sum"][rows] = squares
         scale = -lr / (squares.sqrt_() + settings.epsilon)
-        weight.index_add_(0, rows, total * (scale.unsqueeze(1) if scale.dim() == 1 else scale))
+        change = total * (scale.unsqueeze(1) if scale.dim() == 1 else scale)
+        _change(weight, rows, change, step if stochastic else None)
 
     return rule
 
 
-def _adam(settings: Optimizer):
+def _adam(settings: Optimizer, stochastic: bool):
     """Kingma, Ba 2015, on the rows of the batch only, as torch.optim.SparseAdam."""
     beta1, beta2 = settings.betas
 
@@ -87,7 +119,9 @@ def _adam(settings: Optimizer):
         first = state["exp_avg"][rows].lerp_(total, 1 - beta1)
         second = state["exp_avg_sq"][rows].lerp_(total.square(), 1 - beta2)
         state["exp_avg"][rows], state["exp_avg_sq"][rows] = first, second
-        scale = -lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
-        weight.index_add_(0, rows, scale * first / (second.sqrt_() + settings.epsilon))
+        number = int(step)  # in float64: 1 - 0.999 has no digits to spare
+        scale = -lr * (1 - beta2**number) ** 0.5 / (1 - beta1**number)
+        change = scale * first / (second.sqrt_() + settings.epsilon)
+        _change(weight, rows, change, step if stochastic else None)
 
     return rule

@@ -18,12 +18,15 @@ SMALL = {
     "etl": ["--rows", "3000"],
     "slab": ["--rows", "2000", "--repeat", "1"],
     "load": ["--rows", "5000", "--batch_size", "1000", "--repeat", "1"],
+    "step_kernels": ["--model_config", "MODEL", "--batch_size", "64", "--capability", "8.0"],
     "train": ["--model_config", "MODEL", "--batch_size", "64", "--seconds", "0.1"],
 }
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_last_line_is_json_with_the_machine(name, tmp_path):
+    if name == "step_kernels":
+        pytest.importorskip("triton", reason="no triton: pip install -r requirements-dev.txt")
     model = tmp_path / "model.json"
     model.write_text(json.dumps({
         "num_numerical_features": 13, "categorical_feature_sizes": [50] * 26, "bottom_mlp_sizes": [8],

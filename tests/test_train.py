@@ -68,6 +68,18 @@ def test_lower_precision_trains(folder, capsys, flag, name):
     assert result["test"]["log_loss"] == pytest.approx(plain["test"]["log_loss"], abs=0.05)
 
 
+@pytest.mark.parametrize("more", [["--nostochastic_rounding"], ["--table_placement", "host", "--amp"]])
+def test_half_precision_tables_train_and_come_back(folder, tmp_path, capsys, more):
+    half = ["--embedding_dtype", "bfloat16", *more]
+    plain = run(capsys, "--dataset", folder, *QUICK)[1]
+    status, result, _ = run(capsys, "--dataset", folder, *QUICK, *half, "--save_model", "--output_dir", tmp_path)
+    assert status == 0 and result["test"]["log_loss"] == pytest.approx(plain["test"]["log_loss"], abs=0.05)
+    amp = more[2:]
+    for dtype in ("float32", "bfloat16"):
+        words = ["--test_only", "--ckpt", tmp_path, "--embedding_dtype", dtype, *amp]
+        assert run(capsys, "--dataset", folder, *QUICK, *words)[1]["test"] == result["test"]
+
+
 def test_save_test_only_and_go_on(folder, tmp_path, capsys):
     whole = run(capsys, "--dataset", folder, *QUICK, "--epochs", 2)[1]
     saved = run(capsys, "--dataset", folder, *QUICK, "--save_model", "--output_dir", tmp_path)[1]
@@ -121,6 +133,7 @@ def test_foreign_data_set_takes_its_table_sizes_from_the_configuration(folder, t
         (["--dataset", "SET", "--model_config", "unheard_of"], "the ones that come along are"),
         (["--dataset", "SET", "--device", "cuda"], "torch finds no GPU"),
         (["--dataset", "SET", "--amp", "--fp16"], "choose one"),
+        (["--dataset", "SET", "--nouse_embedding_ext", "--table_placement", "host"], "only with --use_embedding_ext"),
         (["--dataset", "SET", "--test_only"], "expected --ckpt DIR"),
         (["--dataset", "SET", "--ckpt", "/nowhere"], "expected a checkpoint, or a run's folder"),
         (["--dataset", "SET", "--lr", "0"], "--lr: expected a number above 0"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from model.embedding import JointEmbedding, TorchEmbedding
+from model.optimizers import Optimizer
 
 SIZES = (3, 1, 50)
 CASES = {
@@ -49,3 +50,31 @@ def test_evaluation_leaves_the_tables_alone():
     with torch.no_grad():
         embedding(CASES["random"]())
     assert torch.equal(embedding.weight.detach(), before)
+
+
+@pytest.mark.parametrize("module", [JointEmbedding, TorchEmbedding])
+def test_a_step_can_be_skipped_by_a_scalar(module):
+    embedding = module(SIZES, 4, False)
+    embedding.lr.fill_(1.0)
+    before = embedding.weight.detach().clone()
+    index, grad = torch.tensor([0, 5, 5]), torch.ones(3, 4)
+    embedding.update(index, grad, skip=torch.tensor(1.0))
+    assert torch.equal(embedding.weight.detach(), before)
+    embedding.update(index, grad, skip=torch.tensor(0.0))
+    assert torch.equal(embedding.weight.detach()[5], before[5] - 2)
+
+
+def test_step_and_scale_are_numbers_or_scalars_on_the_device():
+    embeddings = [JointEmbedding(SIZES, 4, False, Optimizer("adam")) for _ in range(2)]
+    embeddings[1].weight.data.copy_(embeddings[0].weight.data)
+    step, scale = torch.tensor(0), torch.tensor(1.0)
+    embeddings[1].step, embeddings[1].loss_scale = step, scale
+    for number in range(1, 4):
+        embeddings[0].step, embeddings[0].loss_scale = number, 2.0**number
+        step.fill_(number)
+        scale.fill_(2.0**number)
+        for embedding in embeddings:
+            embedding.lr.fill_(0.1)
+            (embedding(CASES["one row of batch"]()) * 2.0**number).sum().backward()
+    assert torch.equal(embeddings[0].weight, embeddings[1].weight)
+    assert [embeddings[0].step, embeddings[0].loss_scale] == [3, 8.0]
