@@ -31,7 +31,11 @@ class Clock:
         start = time.perf_counter()
         yield
         self._wait()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.add(name, time.perf_counter() - start)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Count seconds that were timed elsewhere."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def _wait(self) -> None:
         if self._device.type == "cuda":

@@ -2,8 +2,9 @@
 
 Interface of every embedding module: forward(sparse int32 [B, T]) -> float32 [B, T, D]; in training, the rows looked up
 take a step of `optimizer` (optimizers.py) with the sum of the gradients of all their look-ups during backward. The
-learning rate is read from the scalar tensor `lr`, the number of the step (from 1) from `step`; gradients are divided by
-`loss_scale` first.
+learning rate is read from the scalar tensor `lr`, the number of the step (from 1) from `step`, a number or a scalar
+tensor; gradients are divided by `loss_scale` first. While `waiting` is a list, no step is taken in backward: what it
+needs, (index int64 [N], gradients [N, D]), is appended there, for whoever knows whether the gradients are good.
 """
 
 import torch
@@ -34,6 +35,7 @@ class _Tables(nn.Module):
         super().__init__()
         self.optimizer, self._rule = optimizer, optimizer.table_rule()
         self.step, self.loss_scale = 0, 1.0
+        self.waiting: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         self.sizes, self.dim, self.hash_indices = tuple(sizes), dim, hash_indices
         self.weight = nn.Parameter(torch.empty(sum(sizes), dim))
         begins = torch.tensor([0, *sizes]).cumsum(0)
@@ -58,7 +60,10 @@ class _Tables(nn.Module):
     @torch.no_grad()
     def update(self, index: torch.Tensor, grad: torch.Tensor) -> None:
         """One optimiser step for the rows index int64 [N], of which grad float [N, D] are the gradients, times
-        loss_scale."""
+        loss_scale; or, where steps are `waiting`, a note of it."""
+        if self.waiting is not None:
+            self.waiting.append((index, grad))
+            return
         if self.loss_scale != 1.0:
             grad = grad / self.loss_scale
         self._rule(self.weight, self.state(), index, grad, self.lr, self.step)

@@ -14,22 +14,28 @@ from tqdm import tqdm
 
 from model.clock import Clock
 from model.config import ConfigError
+from model.cpu_step import CpuStep
+from model.device import has_fast_bfloat16
 from model.dlrm import DLRM
 from model.keeper import Keeper
 from model.logs import RunLog
+from model.loss_scale import LossScale, update_tables
 from model.metrics import Metrics, measure
 from model.optimizers import Optimizer
 from model.schedule import Schedule
 
 TESTS_PER_EPOCH = 20
+MLP_UPDATE = "update of the MLPs"
 
 
 @dataclass(frozen=True)
 class Precision:
-    """autocast: the type of matrix products, None for float32 throughout; loss_scale: static, for float16's range."""
+    """autocast: the type of matrix products, None for float32 throughout; loss_scale: for float16's range, where it
+    begins; dynamic: whether it changes then, as loss_scale.py says."""
 
     autocast: torch.dtype | None = None
     loss_scale: float = 1.0
+    dynamic: bool = False
 
     def __str__(self) -> str:
         return str(self.autocast or torch.float32).removeprefix("torch.")
@@ -39,26 +45,43 @@ class Trainer:
     """A model in training: the step, and the number of steps done.
 
     A batch is (dense float32 [B, 13], sparse int32 [B, 26], label float32 [B]) on the model's device. `optimizer` is
-    that of the MLPs; the tables have their own. table_lr: their learning rate, as a multiple of the schedule's.
+    that of the MLPs; the tables have their own. table_lr: their learning rate, as a multiple of the schedule's. fused:
+    False for the eager step even where a faster one (cpu_step.py) can do the model.
     """
 
     def __init__(
         self, model: DLRM, schedule: Schedule, precision: Precision = Precision(),
-        optimizer: Optimizer = Optimizer(), table_lr: float = 1.0,  # noqa: B008
+        optimizer: Optimizer = Optimizer(), table_lr: float = 1.0, fused: bool = True,  # noqa: B008
     ):  # fmt: skip
         self.model, self.schedule, self.precision = model, schedule, precision
         self.device = model.embedding.weight.device
-        self.optimizer, self._settings = optimizer.for_mlps(model.dense_parameters()), optimizer
-        self._table_lr = table_lr
+        self._settings, self._table_lr = optimizer, table_lr
+        half = precision.autocast == torch.float16
+        self.loss_scale = LossScale(precision.loss_scale, precision.dynamic, self.device) if half else None
+        self.optimizer = optimizer.for_mlps(model.dense_parameters(), half or self.device.type == "cuda")
+        self.lr = torch.zeros((), device=self.device)
+        if half:
+            self.optimizer.found_inf, model.embedding.waiting = self.loss_scale.found, []
         self.clock = Clock(self.device)
         self.steps = 0
+        self._cpu = None
+        if fused and not half and CpuStep.takes(model):
+            self._cpu = CpuStep(model, precision.autocast is not None and has_fast_bfloat16())
+        self.run = self._run_eager if self._cpu is None else self._run_on_cpu
 
     def optimizer_names(self) -> dict[str, str]:
         """Which optimisers train the MLPs and the tables."""
         return {"mlps": self._settings.name, "tables": self.model.embedding.optimizer.name}
 
+    @property
+    def matrices(self) -> torch.dtype:
+        """The type that matrix products are done in: on a CPU, bfloat16 only where it is faster than float32."""
+        return self._cpu.dtype if self._cpu else self.precision.autocast or torch.float32
+
     def logits(self, batch) -> torch.Tensor:
         """Logits float32 [B] of a batch, in the precision of this trainer."""
+        if self._cpu and not torch.is_grad_enabled():
+            return self._cpu.logits(batch)
         autocast = self.precision.autocast
         with torch.autocast(self.device.type, autocast, enabled=autocast is not None):
             return self.model(batch.dense, batch.sparse)
@@ -67,20 +90,54 @@ class Trainer:
         """Train on one batch; returns its mean loss, a scalar tensor on the device."""
         self.steps += 1
         self.clock.next_step()
-        lr, scale, embedding = self.schedule.at(self.steps), self.precision.loss_scale, self.model.embedding
-        self.optimizer.param_groups[0]["lr"] = lr
+        self._set_scalars()
+        return self.run(batch)
+
+    def _set_scalars(self) -> None:
+        """What differs from step to step; scalars on the device where a recorded step reads them there."""
+        lr, embedding, group = self.schedule.at(self.steps), self.model.embedding, self.optimizer.param_groups[0]
+        self.lr.fill_(lr)
+        group["lr"] = self.lr if self.device.type == "cuda" else lr
         embedding.lr.fill_(lr * self._table_lr)
-        embedding.step, embedding.loss_scale = self.steps, scale
+        if isinstance(embedding.step, torch.Tensor):
+            embedding.step.fill_(self.steps)
+        else:
+            embedding.step = self.steps
+
+    def _run_eager(self, batch) -> torch.Tensor:
+        """The step's work: the specification of all faster ones."""
+        scale = self.loss_scale.scale if self.loss_scale else 1.0
         with self.clock.part("forward"):
             loss = F.binary_cross_entropy_with_logits(self.logits(batch), batch.label)
         with self.clock.part("backward, tables"):
             (loss * scale).backward()
-        with self.clock.part("update of the MLPs"):
-            if scale != 1.0:
-                torch._foreach_div_([parameter.grad for parameter in self.model.dense_parameters()], scale)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+        with self.clock.part(MLP_UPDATE):
+            self._update()
         return loss.detach()
+
+    def _run_on_cpu(self, batch) -> torch.Tensor:
+        loss = self._cpu.gradients(batch)
+        for part, seconds in self._cpu.seconds().items():
+            self.clock.add(part, seconds)
+        with self.clock.part(MLP_UPDATE):
+            self._update()
+        return loss
+
+    def exchange(self, tensors: list[torch.Tensor]) -> None:
+        """Between backward and update: where several processes train, add up the MLPs' gradients (and, in float16, the
+        mark of a step to skip) over all of them, in place. One process has nothing to do."""
+
+    def _update(self) -> None:
+        gradients = [parameter.grad for parameter in self.model.dense_parameters()]
+        scale, embedding = self.loss_scale, self.model.embedding
+        if scale:
+            scale.unscale([*gradients, *(grad for _, grad in embedding.waiting)])
+        self.exchange([*gradients, scale.found] if scale else gradients)
+        if scale:
+            scale.update()
+            update_tables(embedding, scale.found)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable, total: int, name: str) -> Metrics:
