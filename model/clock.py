@@ -23,13 +23,16 @@ class Clock:
 
     @contextmanager
     def part(self, name: str):
-        """Time a part of the step."""
+        """Time a part of the step; a part within a part counts for the outer one alone."""
         if not self._timed:
             yield
             return
         self._wait()
-        start = time.perf_counter()
-        yield
+        start, self._timed = time.perf_counter(), False
+        try:
+            yield
+        finally:
+            self._timed = True
         self._wait()
         self.add(name, time.perf_counter() - start)
 

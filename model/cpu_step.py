@@ -124,6 +124,10 @@ class _Core:
         self.sums = self._bottom.sums + self._top.sums
         self.seconds = dict.fromkeys((MATRICES, LOOKUPS, UPDATE), 0.0)
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All that it holds."""
+        return [*self.sums, *(t for one in (self._bottom, self._top) for t in (*one.values, *one.grads))]
+
     def timed(self, part: str, mark: float) -> float:
         """Count the time since `mark`; returns now."""
         now = time.perf_counter()
@@ -167,7 +171,7 @@ class CpuStep:
     """
 
     def __init__(self, model: DLRM, half: bool):
-        dtype = torch.bfloat16 if half else torch.float32
+        self.dtype = dtype = torch.bfloat16 if half else torch.float32
         self._model, self._embedding = model, model.embedding
         self.bottom, self.top = _Layers(model.bottom, dtype, True), _Layers(model.top, dtype, False)
         shape = len(model.embedding.sizes), model.embedding.dim
@@ -252,6 +256,12 @@ class CpuStep:
         else:
             embedding.update(torch.from_numpy(index), torch.from_numpy(grad))
         cores[0].timed(UPDATE, mark)
+
+    @property
+    def memory(self) -> int:
+        """Bytes that it holds beside the model."""
+        tensors = [tensor for core in self._cores for tensor in core.tensors()]
+        return self._grad_rows.nbytes + sum(tensor.nbytes for tensor in tensors)
 
     def seconds(self) -> dict[str, float]:
         """Wall-clock seconds by part since the last call; the mean of the cores."""

@@ -1,5 +1,6 @@
 """The one training step, evaluation, and the loop around them."""
 
+import resource
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -17,6 +18,7 @@ from model.config import ConfigError
 from model.cpu_step import CpuStep
 from model.device import has_fast_bfloat16
 from model.dlrm import DLRM
+from model.graph import Graph
 from model.keeper import Keeper
 from model.logs import RunLog
 from model.loss_scale import LossScale, update_tables
@@ -68,6 +70,7 @@ class Trainer:
         if fused and not half and CpuStep.takes(model):
             self._cpu = CpuStep(model, precision.autocast is not None and has_fast_bfloat16())
         self.run = self._run_eager if self._cpu is None else self._run_on_cpu
+        self._score = self._score_eagerly if self._cpu is None else self._cpu.logits
 
     def optimizer_names(self) -> dict[str, str]:
         """Which optimisers train the MLPs and the tables."""
@@ -78,10 +81,44 @@ class Trainer:
         """The type that matrix products are done in: on a CPU, bfloat16 only where it is faster than float32."""
         return self._cpu.dtype if self._cpu else self.precision.autocast or torch.float32
 
+    def memory(self) -> dict[str, int]:
+        """Bytes of the tables, of what their optimiser remembers, of the MLPs, of the step's own (activations,
+        gradients), and the most that was in use at once: on the GPU, or by the process.
+
+        The step's own on a GPU: the most that torch held over what it holds now; on a CPU, of the fused step only.
+        """
+        embedding, cuda = self.model.embedding, self.device.type == "cuda"
+        if cuda:
+            peak = torch.cuda.max_memory_allocated(self.device)
+            step = peak - torch.cuda.memory_allocated(self.device)
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            step = self._cpu.memory if self._cpu else None
+        return {
+            "tables": embedding.weight.nbytes, "table_optimizer": sum(t.nbytes for t in embedding.state().values()),
+            "mlps": sum(parameter.nbytes for parameter in self.model.dense_parameters()), "step": step, "peak": peak,
+        }  # fmt: skip
+
+    def use_cuda_graphs(self) -> None:
+        """From now on, run steps and scores of full batches as CUDA graphs (graph.py). Raises ConfigError where that
+        cannot be."""
+        if self._settings.name not in ("sgd", "adam"):
+            raise ConfigError(f"--cuda_graphs: expected --optimizer sgd or adam, got {self._settings.name}")
+        step, self._score = Graph(self._run_eager, self.device), Graph(self._score_eagerly, self.device)
+
+        def run(batch) -> torch.Tensor:
+            with self.clock.part("recorded step"):
+                return step(batch)
+
+        self.run, self.model.embedding.step = run, torch.zeros((), device=self.device)
+        if "capturable" in self.optimizer.param_groups[0]:
+            self.optimizer.param_groups[0]["capturable"] = True
+
     def logits(self, batch) -> torch.Tensor:
-        """Logits float32 [B] of a batch, in the precision of this trainer."""
-        if self._cpu and not torch.is_grad_enabled():
-            return self._cpu.logits(batch)
+        """Logits float32 [B] of a batch, in the precision of this trainer; without autograd, by the fastest way."""
+        return self._score_eagerly(batch) if torch.is_grad_enabled() else self._score(batch)
+
+    def _score_eagerly(self, batch) -> torch.Tensor:
         autocast = self.precision.autocast
         with torch.autocast(self.device.type, autocast, enabled=autocast is not None):
             return self.model(batch.dense, batch.sparse)
@@ -97,7 +134,7 @@ class Trainer:
         """What differs from step to step; scalars on the device where a recorded step reads them there."""
         lr, embedding, group = self.schedule.at(self.steps), self.model.embedding, self.optimizer.param_groups[0]
         self.lr.fill_(lr)
-        group["lr"] = self.lr if self.device.type == "cuda" else lr
+        group["lr"] = self.lr if group["fused"] and self.device.type == "cuda" else lr
         embedding.lr.fill_(lr * self._table_lr)
         if isinstance(embedding.step, torch.Tensor):
             embedding.step.fill_(self.steps)
@@ -108,7 +145,7 @@ class Trainer:
         """The step's work: the specification of all faster ones."""
         scale = self.loss_scale.scale if self.loss_scale else 1.0
         with self.clock.part("forward"):
-            loss = F.binary_cross_entropy_with_logits(self.logits(batch), batch.label)
+            loss = F.binary_cross_entropy_with_logits(self._score_eagerly(batch), batch.label)
         with self.clock.part("backward, tables"):
             (loss * scale).backward()
         with self.clock.part(MLP_UPDATE):

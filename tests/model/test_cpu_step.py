@@ -155,7 +155,7 @@ def test_training_follows_the_eager_step(small_parts, optimizer):
     assert difference[:5].max() < 1e-5 and difference.max() < (0.005 if "adagrad" in optimizer else 1e-4)
     (test,) = random_batches(1, 500, seed=7)
     with torch.no_grad():
-        torch.testing.assert_close(fast.logits(test), plain.logits(test), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(fast.logits(test), plain.logits(test), rtol=0, atol=20 * difference.max() + 1e-4)
     assert set(fast.clock.seconds) == {"MLPs", "look-up + interaction", "update of the tables", "update of the MLPs"}
 
 

@@ -1,0 +1,56 @@
+"""What a machine could reach at a training step: by its operations, and by its bytes (leaf)."""
+
+import statistics
+import time
+from itertools import pairwise
+
+import torch
+
+from model.config import ModelConfig
+
+SIDE, COPY_BYTES = 2048, 1 << 28
+
+
+def _median_seconds(work, device: torch.device, repeat: int = 10) -> float:
+    def wait():
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    times = []
+    for _ in range(repeat + 2):
+        wait()
+        start = time.perf_counter()
+        work()
+        wait()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])
+
+
+def matrix_operations(dtype: torch.dtype, device: torch.device) -> float:
+    """Operations/s of a product of two 2,048 x 2,048 matrices."""
+    a, b = (torch.rand(SIDE, SIDE, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * SIDE**3 / _median_seconds(lambda: torch.mm(a, b, out=out), device)
+
+
+def copy_bytes(device: torch.device) -> float:
+    """Bytes/s of a large copy, read and written."""
+    a = torch.zeros(COPY_BYTES // 4, device=device)
+    b = torch.empty_like(a)
+    return 2 * COPY_BYTES / _median_seconds(lambda: b.copy_(a), device, 5)
+
+
+def operations(config: ModelConfig) -> int:
+    """Of one sample, forward and backward: MLPs (the first layer has no input to differentiate by), dot interaction."""
+    vectors = 1 + len(config.categorical_feature_sizes)
+    pairs = vectors * (vectors - 1) // 2
+    bottom = [config.num_numerical_features, *config.bottom_mlp_sizes]
+    top = [config.embedding_dim + pairs + 1, *config.top_mlp_sizes]
+    products = sum(a * b for sizes in (bottom, top) for a, b in pairwise(sizes))
+    return 6 * products - 2 * bottom[0] * bottom[1] + 6 * pairs * config.embedding_dim
+
+
+def table_bytes(config: ModelConfig) -> int:
+    """Of one sample, at least: every row is read in the forward pass, and read and written in the update; and the 160
+    bytes of its record."""
+    return 3 * 4 * len(config.categorical_feature_sizes) * config.embedding_dim + 160
