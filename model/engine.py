@@ -350,7 +350,8 @@ def profile(trainer: Trainer, loader, steps: int, folder: Path) -> str:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if trainer.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
-    with torch.profiler.profile(activities=activities) as profiler:
+    threads = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)  # those of the fused CPU step too
+    with torch.profiler.profile(activities=activities, experimental_config=threads) as profiler:
         for batch, _ in zip(loader.batches(), range(steps), strict=False):
             trainer.step(batch)
     folder.mkdir(parents=True, exist_ok=True)
