@@ -5,7 +5,7 @@
     python -m bench etl           raw text -> data set, beside a Polars pipeline that does the same work
     python -m bench kernels       the encoder's GPU kernels compiled: registers, spills, bytes moved
     python -m bench load          data set -> batches: plain loader, DALI, per-row DataLoader
-    python -m bench train         the training step, beside torch's EmbeddingBag with sparse gradients
+    python -m bench train         the training step, beside the machine's limits, FBGEMM's TBE and torch's EmbeddingBag
 """
 
 import argparse

@@ -11,12 +11,33 @@ from functools import cache
 
 import numba
 import numpy as np
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
 
+LINE = 16  # floats a cache line
+AHEAD = 16  # rows that are on their way while one is updated
 # Sums may be reordered (SIMD) and multiply-adds fused; NaN and infinity stay what they are, so that a diverging run
 # shows in its loss.
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
 _compiled = numba.njit(nogil=True, cache=True, fastmath=_FAST, error_model="numpy")
 _inlined = numba.njit(nogil=True, fastmath=_FAST, inline="always")
+
+
+@intrinsic
+def _prefetch(_, array, row, column):
+    """Ask the cache for array[row, column]: LLVM's llvm.prefetch, to read, for all levels."""
+
+    def generate(context, builder, signature, values):
+        place = context.make_array(signature.args[0])(context, builder, values[0])
+        pointer = cgutils.get_item_pointer(context, builder, signature.args[0], place, values[1:])
+        word, byte = ir.IntType(32), ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        builder.call(function, [builder.bitcast(pointer, byte), word(0), word(3), word(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, row, column), generate
 
 
 @_inlined
@@ -107,11 +128,15 @@ def interaction(tables: int, dim: int, self_interaction: bool, half: bool) -> In
     load, store = (_widened, _rounded) if half else (_float32, _float32)
 
     @_inlined
-    def gather(weight, rows, bottom, z):
+    def gather(weight, rows, bottom, b, z):
+        if b + 1 < rows.shape[0]:  # the next sample's rows come while this one is worked on
+            for t in range(tables):
+                for d in range(0, dim, LINE):
+                    _prefetch(weight, rows[b + 1, t], d)
         for d in range(dim):
-            z[0, d] = load(bottom[d])
+            z[0, d] = load(bottom[b, d])
         for t in range(tables):
-            row = rows[t]
+            row = rows[b, t]
             for d in range(dim):
                 z[t + 1, d] = weight[row, d]
 
@@ -119,7 +144,7 @@ def interaction(tables: int, dim: int, self_interaction: bool, half: bool) -> In
     def forward(weight, rows, bottom, out):
         z = np.empty((vectors, dim), np.float32)
         for b in range(rows.shape[0]):
-            gather(weight, rows[b], bottom[b], z)
+            gather(weight, rows, bottom, b, z)
             for d in range(dim):
                 out[b, d] = bottom[b, d]
             place = dim
@@ -151,7 +176,7 @@ def interaction(tables: int, dim: int, self_interaction: bool, half: bool) -> In
         z = np.empty((vectors, dim), np.float32)
         pairs = np.zeros((vectors, vectors), np.float32)
         for b in range(rows.shape[0]):
-            gather(weight, rows[b], bottom[b], z)
+            gather(weight, rows, bottom, b, z)
             place = dim
             for i in range(vectors):
                 for j in range(i + more):
@@ -183,8 +208,12 @@ def sgd(weight, rows, grad, lr, part, parts):
 
     weight float32 [R, D], rows int64 [N], grad float32 [N, D]. Moves 12 D bytes a row; every part reads all of `rows`.
     """
+    last = rows.shape[0] - 1
     for k in range(rows.shape[0]):
-        row = rows[k]
+        row, later = rows[k], rows[min(k + AHEAD, last)]
+        if ((later & 0xFFFF) * parts) >> 16 == part:
+            for d in range(0, weight.shape[1], LINE):
+                _prefetch(weight, later, d)
         if ((row & 0xFFFF) * parts) >> 16 == part:
             for d in range(weight.shape[1]):
                 weight[row, d] -= lr * grad[k, d]
