@@ -63,6 +63,8 @@ class Trainer:
         self.optimizer = optimizer.for_mlps(model.dense_parameters(), half or self.device.type == "cuda")
         self.lr = torch.zeros((), device=self.device)
         if half:
+            if not hasattr(model.embedding, "waiting"):
+                raise ConfigError(f"--fp16: {type(model.embedding).__name__} cannot hold back a step; expected --amp")
             self.optimizer.found_inf, model.embedding.waiting = self.loss_scale.found, []
         self.clock = Clock(self.device)
         self.steps = 0

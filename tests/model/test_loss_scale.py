@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from model import checkpoint, loss_scale
+from model.config import ConfigError
 from model.dlrm import DLRM
 from model.engine import Precision, Trainer
 from model.optimizers import NAMES, Optimizer
@@ -115,3 +116,10 @@ def test_ranks_share_the_mark_of_a_step_to_skip():
     before = everything(trainer)
     trainer.step(batch)
     assert same(before, everything(trainer)) and trainer.loss_scale.skipped == 1
+
+
+def test_an_embedding_that_cannot_hold_its_step_back_is_refused():
+    model = DLRM(small_config())
+    del model.embedding.waiting
+    with pytest.raises(ConfigError, match="--fp16: JointEmbedding cannot hold back a step; expected --amp"):
+        Trainer(model, Schedule(0.1), Precision(torch.float16, 64.0))
