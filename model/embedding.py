@@ -58,11 +58,14 @@ class _Tables(nn.Module):
         return {name.removeprefix("state_"): buffer for name, buffer in self.named_buffers() if name[:6] == "state_"}
 
     @torch.no_grad()
-    def update(self, index: torch.Tensor, grad: torch.Tensor) -> None:
+    def update(self, index: torch.Tensor, grad: torch.Tensor, skip: torch.Tensor | None = None) -> None:
         """One optimiser step for the rows index int64 [N], of which grad float [N, D] are the gradients, times
-        loss_scale; or, where steps are `waiting`, a note of it."""
+        loss_scale; or, where steps are `waiting`, a note of it. skip: a scalar on the device; above 0, nothing changes.
+        """
         if self.waiting is not None:
             self.waiting.append((index, grad))
+            return
+        if skip is not None and skip > 0:
             return
         if self.loss_scale != 1.0:
             grad = grad / self.loss_scale

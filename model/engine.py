@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from model.clock import Clock
 from model.config import ConfigError
-from model.cpu_step import CpuStep
+from model.cpu_step import PART, CpuStep
 from model.device import has_fast_bfloat16
 from model.dlrm import DLRM
 from model.graph import Graph
@@ -72,7 +72,7 @@ class Trainer:
         if fused and not half and CpuStep.takes(model):
             self._cpu = CpuStep(model, precision.autocast is not None and has_fast_bfloat16())
         self.run = self._run_eager if self._cpu is None else self._run_on_cpu
-        self._score = self._score_eagerly if self._cpu is None else self._cpu.logits
+        self._score = self._score_eagerly if self._cpu is None else self._score_on_cpu
 
     def optimizer_names(self) -> dict[str, str]:
         """Which optimisers train the MLPs and the tables."""
@@ -121,9 +121,12 @@ class Trainer:
         return self._score_eagerly(batch) if torch.is_grad_enabled() else self._score(batch)
 
     def _score_eagerly(self, batch) -> torch.Tensor:
-        autocast = self.precision.autocast
-        with torch.autocast(self.device.type, autocast, enabled=autocast is not None):
+        with torch.autocast(self.device.type, self.matrices, enabled=self.matrices != torch.float32):
             return self.model(batch.dense, batch.sparse)
+
+    def _score_on_cpu(self, batch) -> torch.Tensor:
+        few = len(batch.label) < PART  # one part, which the cores do faster together
+        return self._score_eagerly(batch) if few else self._cpu.logits(batch)
 
     def step(self, batch) -> torch.Tensor:
         """Train on one batch; returns its mean loss, a scalar tensor on the device."""

@@ -46,8 +46,6 @@ class LossScale:
 def update_tables(embedding: nn.Module, found: torch.Tensor) -> None:
     """Take the steps that an embedding has waiting, unless `found` (1.0) says that they are to be skipped."""
     waiting, embedding.waiting = embedding.waiting, None
-    if embedding.optimizer.name == "adam" and found.item():  # zeros would not leave its moments as they are
-        waiting = []
     for index, grad in waiting:
-        embedding.update(index, grad.masked_fill_(found > 0, 0.0))
+        embedding.update(index, grad, found)
     embedding.waiting = []
