@@ -17,7 +17,6 @@ LR = 0.1
 class EmbeddingBags(nn.Module):
     """The embedding of facebookresearch/dlrm: an EmbeddingBag a table, sparse gradients, torch's SGD."""
 
-    waiting = None
     optimizer = Optimizer()
 
     def __init__(self, tables: tuple[torch.Tensor, ...]):
@@ -37,7 +36,6 @@ class TableBatched(nn.Module):
     Starts with random tables of the sizes given, [sum of sizes, D] float32 in memory of its own.
     """
 
-    waiting = None
     optimizer = Optimizer()
 
     def __init__(self, sizes: tuple[int, ...], dim: int, device: torch.device):

@@ -3,8 +3,8 @@
 Interface of every embedding module: forward(sparse int32 [B, T]) -> float32 [B, T, D]; in training, the rows looked up
 take a step of `optimizer` (optimizers.py) with the sum of the gradients of all their look-ups during backward. The
 learning rate is read from the scalar tensor `lr`, the number of the step (from 1) from `step`, a number or a scalar
-tensor; gradients are divided by `loss_scale` first. While `waiting` is a list, no step is taken in backward: what it
-needs, (index int64 [N], gradients [N, D]), is appended there, for whoever knows whether the gradients are good.
+tensor; gradients are divided by `loss_scale` first. After hold(), backward takes no step, but keeps what it needs:
+held() gives the gradients, release(skip) takes the steps, once it is known whether all gradients are good.
 """
 
 import torch
@@ -35,7 +35,7 @@ class _Tables(nn.Module):
         super().__init__()
         self.optimizer, self._rule = optimizer, optimizer.table_rule()
         self.step, self.loss_scale = 0, 1.0
-        self.waiting: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         self.sizes, self.dim, self.hash_indices = tuple(sizes), dim, hash_indices
         self.weight = nn.Parameter(torch.empty(sum(sizes), dim))
         begins = torch.tensor([0, *sizes]).cumsum(0)
@@ -60,16 +60,30 @@ class _Tables(nn.Module):
     @torch.no_grad()
     def update(self, index: torch.Tensor, grad: torch.Tensor, skip: torch.Tensor | None = None) -> None:
         """One optimiser step for the rows index int64 [N], of which grad float [N, D] are the gradients, times
-        loss_scale; or, where steps are `waiting`, a note of it. skip: a scalar on the device; above 0, nothing changes.
-        """
-        if self.waiting is not None:
-            self.waiting.append((index, grad))
+        loss_scale; after hold(), a note of it. skip: a scalar on the device; above 0, nothing changes."""
+        if self._waiting is not None:
+            self._waiting.append((index, grad.float()))  # divided in float16, small ones would become 0
             return
         if skip is not None and skip > 0:
             return
         if self.loss_scale != 1.0:
             grad = grad / self.loss_scale
         self._rule(self.weight, self.state(), index, grad, self.lr, self.step)
+
+    def hold(self) -> None:
+        """From now on, take no step in backward."""
+        self._waiting = []
+
+    def held(self) -> list[torch.Tensor]:
+        """The gradients of the steps not taken yet, to be divided in place by whoever scaled them."""
+        return [grad for _, grad in self._waiting]
+
+    def release(self, skip: torch.Tensor) -> None:
+        """Take the steps, unless `skip`, a scalar on the device, is above 0; and hold those of the next backward."""
+        waiting, self._waiting = self._waiting, None
+        for index, grad in waiting:
+            self.update(index, grad, skip)
+        self.hold()
 
     def rows(self, sparse: torch.Tensor) -> torch.Tensor:
         """Rows of the joint weight, int64 [B * T], for ids int32 [B, T]."""

@@ -21,7 +21,7 @@ from model.dlrm import DLRM
 from model.graph import Graph
 from model.keeper import Keeper
 from model.logs import RunLog
-from model.loss_scale import LossScale, update_tables
+from model.loss_scale import LossScale
 from model.metrics import Metrics, measure
 from model.optimizers import Optimizer
 from model.schedule import Schedule
@@ -63,9 +63,10 @@ class Trainer:
         self.optimizer = optimizer.for_mlps(model.dense_parameters(), half or self.device.type == "cuda")
         self.lr = torch.zeros((), device=self.device)
         if half:
-            if not hasattr(model.embedding, "waiting"):
+            if not hasattr(model.embedding, "hold"):
                 raise ConfigError(f"--fp16: {type(model.embedding).__name__} cannot hold back a step; expected --amp")
-            self.optimizer.found_inf, model.embedding.waiting = self.loss_scale.found, []
+            self.optimizer.found_inf = self.loss_scale.found
+            model.embedding.hold()
         self.clock = Clock(self.device)
         self.steps = 0
         self._cpu = None
@@ -128,6 +129,10 @@ class Trainer:
         few = len(batch.label) < PART  # one part, which the cores do faster together
         return self._score_eagerly(batch) if few else self._cpu.logits(batch)
 
+    def loss(self, batch) -> torch.Tensor:
+        """Mean loss of a batch, a scalar: what backward starts from."""
+        return F.binary_cross_entropy_with_logits(self.logits(batch), batch.label)
+
     def step(self, batch) -> torch.Tensor:
         """Train on one batch; returns its mean loss, a scalar tensor on the device."""
         self.steps += 1
@@ -150,7 +155,7 @@ class Trainer:
         """The step's work: the specification of all faster ones."""
         scale = self.loss_scale.scale if self.loss_scale else 1.0
         with self.clock.part("forward"):
-            loss = F.binary_cross_entropy_with_logits(self._score_eagerly(batch), batch.label)
+            loss = self.loss(batch)
         with self.clock.part("backward, tables"):
             (loss * scale).backward()
         with self.clock.part(MLP_UPDATE):
@@ -173,11 +178,11 @@ class Trainer:
         gradients = [parameter.grad for parameter in self.model.dense_parameters()]
         scale, embedding = self.loss_scale, self.model.embedding
         if scale:
-            scale.unscale([*gradients, *(grad for _, grad in embedding.waiting)])
+            scale.unscale([*gradients, *embedding.held()])
         self.exchange([*gradients, scale.found] if scale else gradients)
         if scale:
             scale.update()
-            update_tables(embedding, scale.found)
+            embedding.release(scale.found)
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -1,7 +1,6 @@
 """The loss scale of float16 training: keeps gradients in range, and skips steps in which they left it."""
 
 import torch
-from torch import nn
 
 GROWTH, BACKOFF, INTERVAL = 2.0, 0.5, 2000  # those of torch.amp.GradScaler
 
@@ -41,11 +40,3 @@ class LossScale:
         self.scale.fill_(state["scale"])
         self._good.fill_(state["good"])
         self.skipped.fill_(state["skipped"])
-
-
-def update_tables(embedding: nn.Module, found: torch.Tensor) -> None:
-    """Take the steps that an embedding has waiting, unless `found` (1.0) says that they are to be skipped."""
-    waiting, embedding.waiting = embedding.waiting, None
-    for index, grad in waiting:
-        embedding.update(index, grad, found)
-    embedding.waiting = []
