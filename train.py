@@ -95,6 +95,8 @@ class Session:
         self.loader = self.load("train", args.batch_size, args.shuffle_batch_order, args.seed)
         schedule, precision = flags.schedule(args, len(self.loader)), flags.precision(args, self.device)
         self.trainer = Trainer(model, schedule, precision, mlps, (args.embedding_lr or args.lr) / args.lr)
+        if args.cuda_graphs:
+            self.trainer.use_cuda_graphs()
 
     def load(self, split: str, batch_size: int, *order):
         """A loader of the split; of the test split where there is none of that name."""
@@ -124,6 +126,8 @@ def train(session: Session) -> dict:
     args, trainer, loader = session.args, session.trainer, session.loader
     rows = session.data.splits["train"].rows
     say(f"device {session.device}, {trainer.precision}; {rows:,} rows, {len(loader):,} steps an epoch")
+    if trainer.precision.autocast not in (None, trainer.matrices):
+        say(f"matrix products in {trainer.matrices}: this CPU does them faster than {trainer.precision.autocast}")
     if "val" not in session.data.splits:
         say("no validation split: tests on the way, --auc_threshold and --save_best go by the test split")
     place, best_auc = session.place(), 0.0
@@ -159,7 +163,10 @@ def train(session: Session) -> dict:
         "time_shares": {name: round(share, 3) for name, share in trainer.clock.shares().items()},
         "validation": [{"step": step, **asdict(found)} for step, found in progress.tests],
         "checkpoint": str(keeper.latest) if keeper.latest else None,
+        "memory_bytes": trainer.memory(),
     }
+    if trainer.loss_scale:
+        result["loss_scale"] = trainer.loss_scale.state()
     if progress.signal:
         raise StoppedError(progress.signal, f"{progress.ended}; go on with --ckpt {keeper.latest}")
     found = session.test("test")

@@ -7,7 +7,7 @@
     python -m bench kernels       the encoder's GPU kernels compiled: registers, spills, bytes moved
     python -m bench step_kernels  the training step's GPU kernels: machine code, least time predicted, time on a GPU
     python -m bench load          data set -> batches: plain loader, DALI, per-row DataLoader
-    python -m bench train         the training step, beside torch's EmbeddingBag with sparse gradients
+    python -m bench train         the training step, beside the machine's limits, FBGEMM's TBE and torch's EmbeddingBag
 """
 
 import argparse

@@ -1,117 +1,192 @@
-"""The training step with official_config, beside torch's EmbeddingBag with sparse gradients in the same run."""
+"""The training step, fed by the loader, beside the limits of the machine and others' embeddings in the same run.
+
+Peers: torch's EmbeddingBag with sparse gradients (as facebookresearch/dlrm trains), and FBGEMM's table-batched
+embeddings where fbgemm-gpu (or fbgemm-gpu-cpu) is installed; each in the same model, a few steps of each in turns.
+Ids are drawn by a power law, as popular as those of the synthetic days; every step has a batch of its own.
+"""
 
 import argparse
 import statistics
-import sys
+import tempfile
 import time
+from dataclasses import dataclass, field
+from pathlib import Path
 
+import numpy as np
 import torch
-from torch import nn
 
-from gpu_etl.load.batch import Batch
+from bench import train_limits, train_show
+from bench.train_peers import ours, peers
+from gpu_etl.load.cpu import CpuLoader
+from gpu_etl.load.dataset import RecordFile
+from gpu_etl.schema import COLUMNS, FIRST_SPARSE, RECORD_DTYPE
 from gpu_etl.synthetic import POPULARITY
-from model.config import read_config
+from model.config import ModelConfig, read_config
 from model.device import choose_device
-from model.dlrm import DLRM
 from model.engine import Precision, Trainer
-from model.schedule import Schedule
 
-FRESH_BATCHES = 8  # rotated, so that no step finds its rows in the cache because the last one used them
+BATCHES = 8  # different ones, read in turns: no step finds its rows in the cache because the last one used them
+WARM_UP, TURN, LEAST = 2, 2, 4  # steps: before measuring, in one turn, and measured at least
+PRECISIONS = {"float32": Precision(), "amp": Precision(torch.bfloat16)}
+DEFAULT = [("official_config", {"cpu": [2048, 16384], "cuda": [2048, 8192, 16384, 32768, 65536]}),
+           ("mlperf_40m.limit", {"cpu": [2048], "cuda": [2048, 8192, 16384, 32768, 65536]})]  # fmt: skip
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags of this benchmark."""
-    parser.add_argument("--model_config", default="official_config", metavar="NAME|FILE")
-    parser.add_argument("--batch_size", type=int, nargs="+", default=[2048, 16384], metavar="B")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of measuring, each (default: 5)")
+    parser.add_argument(
+        "--model_config", nargs="+", metavar="NAME|FILE", help="default: official_config mlperf_40m.limit"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, nargs="+", metavar="B",
+        help="default: 2048 and 16384 on a CPU (mlperf_40m: 2048), 2048 to 65536 on a GPU",
+    )  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=3.0, help="of measuring each, at 4 steps or more (default: 3)")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
+    parser.add_argument(
+        "--table_gib", type=float, default=0.0, metavar="G",
+        help="memory for tables; the largest are cut to fit (default: 1.5 on a CPU, 80 %% of a GPU's)",
+    )  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="a few steps of a small batch: does it run at all?")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG there")
 
 
-class EmbeddingBags(nn.Module):
-    """The embedding of facebookresearch/dlrm: an EmbeddingBag a table, sparse gradients, torch's SGD."""
+@dataclass
+class Timed:
+    """A trainer, and the seconds of its measured steps: feeding, and the step."""
 
-    def __init__(self, tables: tuple[torch.Tensor, ...]):
-        super().__init__()
-        self.bags = nn.ModuleList(nn.EmbeddingBag.from_pretrained(t, False, mode="sum", sparse=True) for t in tables)
-        self.register_buffer("lr", torch.zeros(()))
-        self.weight = self.bags[0].weight
+    trainer: Trainer
+    batches: object
+    feed: list[float] = field(default_factory=list)
+    step: list[float] = field(default_factory=list)
 
-    def forward(self, sparse: torch.Tensor) -> torch.Tensor:
-        """ids int32 [B, T] -> vectors float32 [B, T, D]."""
-        return torch.stack([bag(sparse[:, t : t + 1]) for t, bag in enumerate(self.bags)], 1)
+    def turn(self, steps: int, count: bool) -> None:
+        """Some steps, with batches from the loader."""
+        for _ in range(steps):
+            start = time.perf_counter()
+            batch = next(self.batches)
+            fed = time.perf_counter()
+            self.trainer.step(batch).item()
+            end = time.perf_counter()
+            if count:
+                self.feed.append(fed - start)
+                self.step.append(end - fed)
+
+    def figures(self, rows: int) -> dict:
+        """Median samples/s, feeding included, and its spread (quartiles' distance over the median); time per part."""
+        whole = [a + b for a, b in zip(self.feed, self.step, strict=True)]
+        low, middle, high = statistics.quantiles(whole, n=4)
+        shares = self.trainer.clock.shares()
+        feed, step = (statistics.median(seconds) / rows * 1e6 for seconds in (self.feed, self.step))
+        return {
+            "samples_per_second": round(rows / middle), "spread": round((high - low) / middle, 3), "steps": len(whole),
+            "microseconds_per_sample": {
+                "feed": round(feed, 3), **{part: round(share * step, 3) for part, share in shares.items()}
+            },
+        }  # fmt: skip
 
 
-class PeerTrainer(Trainer):
-    """The same step with EmbeddingBags in place of the fused embedding."""
+def fit_tables(config: ModelConfig, limit: float) -> ModelConfig:
+    """The configuration with its largest tables cut, all to one number of rows, to `limit` bytes in float32."""
+    row, sizes = 4 * config.embedding_dim, sorted(config.categorical_feature_sizes)
+    left = int(limit // row)
+    for i, size in enumerate(sizes):
+        if size * (len(sizes) - i) > left:
+            largest = max(1, left // (len(sizes) - i))
+            return config.with_tables([min(size, largest) for size in config.categorical_feature_sizes])
+        left -= size
+    return config
 
-    def __init__(self, model: DLRM, precision: Precision):
-        model.embedding = EmbeddingBags(model.embedding.tables())
-        super().__init__(model, Schedule(0.1), precision)
-        self.optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
 
-
-def make_batches(sizes: tuple[int, ...], batch_size: int, device: torch.device) -> list[Batch]:
-    """Random batches with ids by a power law, as popular as the synthetic days' values."""
+def draw_ids(sizes: tuple[int, ...], rows: int, generator: np.random.Generator) -> np.ndarray:
+    """Ids int32 [rows, T] by a power law, as popular as the synthetic days' values."""
     power = 1 - POPULARITY
-    limits = torch.tensor(sizes)
-    batches = []
-    for _ in range(FRESH_BATCHES):
-        uniform = torch.rand(batch_size, len(sizes), dtype=torch.float64)
-        ranks = (((limits + 1.0) ** power - 1) * uniform + 1) ** (1 / power) - 1
-        sparse = torch.minimum(ranks.long(), limits - 1).int()
-        label = torch.randint(2, (batch_size,)).float()
-        batches.append(Batch(torch.rand(batch_size, 13) * 5, sparse, label).to(device))
-    return batches
+    limits = np.array(sizes)
+    ranks = (((limits + 1.0) ** power - 1) * generator.random((rows, len(sizes))) + 1) ** (1 / power) - 1
+    return np.minimum(ranks, limits - 1).astype(np.int32)
 
 
-def samples_per_second(trainer: Trainer, batches: list[Batch], seconds: float) -> tuple[float, float]:
-    """Median samples/s of a step, and the spread (interquartile range over median)."""
-    times = []
-    stop = time.perf_counter() + seconds
-    step = 0
-    while time.perf_counter() < stop or len(times) < 5:
-        start = time.perf_counter()
-        trainer.step(batches[step % len(batches)]).item()
-        if step >= 2:
-            times.append(time.perf_counter() - start)
-        step += 1
-    low, middle, high = statistics.quantiles(times, n=4)
-    return len(batches[0].label) / middle, (high - low) / middle
+def write_records(path: Path, sizes: tuple[int, ...], rows: int) -> None:
+    """Records int32 [rows, 40]: integers below 1,000, ids by a power law."""
+    generator = np.random.default_rng(0)
+    records = generator.integers(0, 1000, (rows, COLUMNS), RECORD_DTYPE)
+    records[:, 0] &= 1
+    records[:, FIRST_SPARSE:] = draw_ids(sizes, rows, generator)
+    records.tofile(path)
 
 
-def matrix_flops(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations/s of a large matrix product: the limit for the MLPs."""
-    a = torch.rand(2048, 2048, device=device).to(dtype)
-    times = []
-    for _ in range(10):
-        start = time.perf_counter()
-        (a @ a).sum().item()
-        times.append(time.perf_counter() - start)
-    return 2 * 2048**3 / statistics.median(times)
+def endless(loader: CpuLoader):
+    """Batches, epoch after epoch."""
+    while True:
+        yield from loader.batches()
 
 
-def mlp_operations(model: DLRM) -> int:
-    """Operations of the MLPs for one sample, forward and backward (twice the forward)."""
-    return 6 * sum(p.numel() for p in model.dense_parameters() if p.dim() == 2)
+def measure_one(config: ModelConfig, rows: int, precision: Precision, device: torch.device, seconds: float) -> dict:
+    """Figures of all trainers by name, at one batch size and precision; a few steps of each in turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "records.bin"
+        write_records(path, config.categorical_feature_sizes, BATCHES * rows)
+        loader = CpuLoader(RecordFile(path), rows, device)
+        mine = ours(config, precision, device)
+        trainers = {"ours": mine, **peers(mine)}
+        timed = {name: Timed(trainer, endless(loader)) for name, trainer in trainers.items()}
+        for one in timed.values():
+            one.turn(WARM_UP, False)
+            one.trainer.clock.seconds.clear()
+        while any(sum(one.step) < seconds or len(one.step) < LEAST for one in timed.values()):
+            for one in timed.values():
+                if sum(one.step) < seconds or len(one.step) < LEAST:
+                    one.turn(TURN, True)
+    figures = {name: one.figures(rows) for name, one in timed.items()}
+    figures["ours"]["matrices"] = str(mine.matrices).removeprefix("torch.")
+    return figures
+
+
+def default_table_bytes(device: torch.device) -> float:
+    """Memory for tables: what leaves room for a peer's own, on a CPU; most of a GPU's."""
+    return 0.8 * torch.cuda.mem_get_info()[0] if device.type == "cuda" else 1.5 * 2**30
+
+
+def plan(args: argparse.Namespace, device: torch.device) -> list[tuple[str, list[int]]]:
+    """Configurations by name, and their batch sizes."""
+    chosen = dict(DEFAULT)
+    names = args.model_config or list(chosen)
+    if args.quick:
+        return [(name, args.batch_size or [64]) for name in names[:1]]
+    return [(name, args.batch_size or chosen.get(name, chosen["official_config"])[device.type]) for name in names]
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Samples/s for float32 and bfloat16, with the peer's and the share of the matrix product limit."""
+    """Samples/s and shares of the limits for every configuration, batch size and precision."""
     device = choose_device(args.device)
-    config, _ = read_config(args.model_config)
-    measured = []
-    for batch_size in args.batch_size:
-        batches = make_batches(config.categorical_feature_sizes, batch_size, device)
-        for name, precision in (("float32", Precision()), ("bfloat16", Precision(torch.bfloat16))):
-            model = DLRM(config).to(device)
-            ours, spread = samples_per_second(Trainer(model, Schedule(0.1), precision), batches, args.seconds)
-            limit = matrix_flops(precision.autocast or torch.float32, device) / mlp_operations(model)
-            peer, _ = samples_per_second(PeerTrainer(model, precision), batches, args.seconds)
-            measured.append({
-                "batch_size": batch_size, "precision": name,
-                "samples_per_second": round(ours), "spread": round(spread, 3),
-                "embedding_bag_samples_per_second": round(peer), "times_embedding_bag": round(ours / peer, 2),
-                "share_of_matrix_limit": round(ours / limit, 3),
-            })  # fmt: skip
-            print(measured[-1], file=sys.stderr)
-    return {"model_config": args.model_config, "device": str(device), "measured": measured}
+    rates = {dtype: train_limits.matrix_operations(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
+    bandwidth, measured = train_limits.copy_bytes(device), []
+    for name, batch_sizes in plan(args, device):
+        whole, _ = read_config(name)
+        config = fit_tables(whole, args.table_gib * 2**30 or default_table_bytes(device))
+        rows_kept, rows_asked = (sum(c.categorical_feature_sizes) for c in (config, whole))
+        for rows in batch_sizes:
+            for label, precision in PRECISIONS.items():
+                found = measure_one(config, rows, precision, device, 0.0 if args.quick else args.seconds)
+                fastest = max(rates.values()) if label == "amp" else rates[torch.float32]
+                limits = {"operations": fastest / train_limits.operations(config),
+                          "bytes": bandwidth / train_limits.table_bytes(config)}  # fmt: skip
+                mine = found["ours"]["samples_per_second"]
+                measured.append({
+                    "model_config": name, "embedding_rows": rows_kept, "embedding_rows_asked": rows_asked,
+                    "batch_size": rows, "precision": label, "results": found,
+                    "limits_samples_per_second": {key: round(value) for key, value in limits.items()},
+                    "share_of_limit": {key: round(mine / value, 3) for key, value in limits.items()},
+                    "times_peer": {peer: round(mine / figures["samples_per_second"], 2)
+                                   for peer, figures in found.items() if peer != "ours"},
+                })  # fmt: skip
+                train_show.say(measured[-1])
+    result = {
+        "device": str(device), "threads": torch.get_num_threads(), "measured": measured,
+        "matrix_operations_per_second": {str(dtype)[6:]: round(rate) for dtype, rate in rates.items()},
+        "copy_bytes_per_second": round(bandwidth),
+    }  # fmt: skip
+    train_show.table(result)
+    if args.plot:
+        train_show.plot(result, args.plot)
+    return result

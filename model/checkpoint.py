@@ -3,7 +3,8 @@
     mlps.safetensors       bottom.*, interaction.* and top.*, float32
     tables.safetensors     table_00 ... table_25 [rows, D] in the model's type; slices of rows can be read alone
     optimizer.safetensors  mlps.<number>.<name>, and table_00.<name> ...: what the optimisers remember; none for SGD
-    state.json             model configuration, optimisers, steps done, size and CRC-32 of each file, the run's state
+    state.json             model configuration, optimisers, steps done, loss scale, size and CRC-32 of each file, the
+                           run's state
 
 Tables load into a model whose tables are of another type: exactly into a wider one, rounded to nearest into a narrower.
 """
@@ -80,7 +81,8 @@ def save(folder: Path, trainer, state: dict) -> None:
         save_file({name: t.contiguous() for name, t in _optimizer_tensors(trainer).items()}, temporary / OPTIMIZER)
         content = {
             "version": VERSION, "model": model.config.to_json(), "optimizers": trainer.optimizer_names(),
-            "steps": trainer.steps, **state, "files": {p.name: _describe(p) for p in sorted(temporary.iterdir())},
+            "steps": trainer.steps, "loss_scale": trainer.loss_scale.state() if trainer.loss_scale else None,
+            **state, "files": {p.name: _describe(p) for p in sorted(temporary.iterdir())},
         }  # fmt: skip
         (temporary / STATE).write_text(json.dumps(content, indent=1) + "\n")
         for path in temporary.iterdir():
@@ -189,6 +191,8 @@ def restore(folder: Path, trainer) -> dict:
         mlps.setdefault(int(number), {})[key] = tensor
     trainer.optimizer.load_state_dict(trainer.optimizer.state_dict() | {"state": mlps})
     trainer.steps = state["steps"]
+    if trainer.loss_scale and state.get("loss_scale"):
+        trainer.loss_scale.restore(state["loss_scale"])
     return state
 
 

@@ -23,15 +23,22 @@ class Clock:
 
     @contextmanager
     def part(self, name: str):
-        """Time a part of the step."""
+        """Time a part of the step; a part within a part counts for the outer one alone."""
         if not self._timed:
             yield
             return
         self._wait()
-        start = time.perf_counter()
-        yield
+        start, self._timed = time.perf_counter(), False
+        try:
+            yield
+        finally:
+            self._timed = True
         self._wait()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.add(name, time.perf_counter() - start)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Count seconds that were timed elsewhere."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def _wait(self) -> None:
         if self._device.type == "cuda":

@@ -5,6 +5,8 @@ take a step of `optimizer` (optimizers.py) with the sum of the gradients of all 
 learning rate is read from the scalar tensor `lr`, the number of the step (from 1) from `step`; gradients are divided by
 `loss_scale` first. These two are set to a number, or once and for all to a scalar tensor. On a GPU all three are read
 from device memory, so that a CUDA graph sees what was set before its replay (set numbers outside of the graph).
+After hold(), backward takes no step, but keeps what it needs: held() gives the gradients, release(skip) takes the
+steps, once it is known whether all gradients are good.
 """
 
 import weakref
@@ -81,6 +83,7 @@ class _Tables(nn.Module):
         super().__init__()
         self.optimizer, self.storage = optimizer, storage
         self._rule = optimizer.table_rule(storage.stochastic)
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         self.sizes, self.dim, self.hash_indices = tuple(sizes), dim, hash_indices
         begins = torch.tensor([0, *sizes]).cumsum(0)
         self.register_buffer("begins", begins[:-1].clone(), persistent=False)
@@ -153,8 +156,11 @@ class _Tables(nn.Module):
     @torch.no_grad()
     def update(self, index: torch.Tensor, grad: torch.Tensor, skip: torch.Tensor | None = None) -> None:
         """One optimiser step for the rows index int64 [N], of which grad float [N, D] are the gradients, times
-        loss_scale. skip: a float32 scalar on the device; above 0, nothing changes."""
-        self._take_step(index, grad, skip)
+        loss_scale; after hold(), a note of it. skip: a float32 scalar on the device; above 0, nothing changes."""
+        if self._waiting is not None:
+            self._waiting.append((index, grad))
+        else:
+            self._take_step(index, grad, skip)
 
     def _take_step(self, index: torch.Tensor, grad: torch.Tensor, skip: torch.Tensor | None) -> None:
         if skip is not None and skip > 0:
@@ -167,6 +173,21 @@ class _Tables(nn.Module):
     def gather(self, index: torch.Tensor) -> torch.Tensor:
         """Rows float32 [N, D] of the joint weight for index int64 [N]."""
         return F.embedding(index, self.weight).to(self.lr.dtype)
+
+    def hold(self) -> None:
+        """From now on, take no step in backward."""
+        self._waiting = []
+
+    def held(self) -> list[torch.Tensor]:
+        """The gradients of the steps not taken yet, still times loss_scale."""
+        return [grad for _, grad in self._waiting]
+
+    @torch.no_grad()
+    def release(self, skip: torch.Tensor) -> None:
+        """Take the steps, unless `skip`, a scalar on the device, is above 0; and hold those of the next backward."""
+        for index, grad in self._waiting:
+            self._take_step(index, grad, skip)
+        self.hold()
 
     def rows(self, sparse: torch.Tensor) -> torch.Tensor:
         """Rows of the joint weight, int64 [B * T], for ids int32 [B, T]."""

@@ -155,12 +155,24 @@ def _add_precision_flags(group) -> None:
         "--threads", type=_count(0), default=0, metavar="N",
         help="CPU threads of torch (default: torch's choice, or the checkpoint's: another number, other last bits)",
     )  # fmt: skip
-    group.add_argument("--amp", action=_Boolean, default=False, help="bfloat16 matrix products (default: false)")
+    group.add_argument(
+        "--amp", action=_Boolean, default=False,
+        help="bfloat16 matrix products; a CPU that does float32 ones faster goes on with these (default: false)",
+    )  # fmt: skip
     group.add_argument(
         "--fp16", action=_Boolean, default=None,
-        help="float16 matrix products with a static loss scale (default: true on a GPU, false on a CPU)",
+        help="float16 matrix products with a loss scale (default: true on a GPU, false on a CPU)",
     )  # fmt: skip
-    group.add_argument("--loss_scale", type=float, default=1024.0, help="for --fp16 (default: 1024)")
+    group.add_argument("--loss_scale", type=float, default=1024.0, help="for --fp16, where it starts (default: 1024)")
+    group.add_argument(
+        "--dynamic_loss_scale", action=_Boolean, default=True,
+        help="halve the loss scale where gradients overflow, double it after 2,000 steps in which none did; steps that "
+        "overflow are skipped either way (default: true)",
+    )  # fmt: skip
+    group.add_argument(
+        "--cuda_graphs", action=_Boolean, default=False,
+        help="run each step, and each test batch, as one CUDA graph (default: false)",
+    )  # fmt: skip
     group.add_argument(
         "--use_embedding_ext", action=_Boolean, default=True,
         help="embedding update fused into backward; false: torch's sparse gradients (default: true)",
@@ -286,7 +298,7 @@ def precision(args: argparse.Namespace, device: torch.device) -> Precision:
     if args.amp:
         return Precision(torch.bfloat16)
     if args.fp16 or (args.fp16 is None and device.type == "cuda"):
-        return Precision(torch.float16, args.loss_scale)
+        return Precision(torch.float16, args.loss_scale, args.dynamic_loss_scale)
     return Precision()
 
 

@@ -45,13 +45,16 @@ class Optimizer:
         rules = {"sgd": _sgd, "rowwise_adagrad": _adagrad, "adagrad": _adagrad, "adam": _adam}
         return rules[self.name](self, stochastic)
 
-    def for_mlps(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """torch's optimiser of that name; row-wise Adagrad becomes Adagrad, as MLPs have no rows."""
+    def for_mlps(self, parameters: list[nn.Parameter], fused: bool = False) -> torch.optim.Optimizer:
+        """torch's optimiser of that name; row-wise Adagrad becomes Adagrad, as MLPs have no rows.
+
+        fused: one kernel for all, which can skip a step and takes its learning rate from the device without waiting.
+        """
         if self.name == "sgd":
-            return torch.optim.SGD(parameters, lr=0.0)
+            return torch.optim.SGD(parameters, lr=0.0, fused=fused)
         if self.name == "adam":
-            return torch.optim.Adam(parameters, lr=0.0, betas=self.betas, eps=self.epsilon)
-        return torch.optim.Adagrad(parameters, lr=0.0, eps=self.epsilon)
+            return torch.optim.Adam(parameters, lr=0.0, betas=self.betas, eps=self.epsilon, fused=fused)
+        return torch.optim.Adagrad(parameters, lr=0.0, eps=self.epsilon, fused=fused)
 
 
 def _summed(index: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

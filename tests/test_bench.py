@@ -6,11 +6,15 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
-from bench import polars_peer
+from bench import polars_peer, train, train_limits, train_peers
+from gpu_etl.load.batch import Batch
 from gpu_etl.pipeline import Settings, encode_days
 from gpu_etl.schema import SPLITS, split_file
 from gpu_etl.synthetic import write_days
+from model.config import ModelConfig, read_config
+from model.engine import Precision
 from tests.conftest import ROOT
 
 SMALL = {
@@ -19,7 +23,7 @@ SMALL = {
     "slab": ["--rows", "2000", "--repeat", "1"],
     "load": ["--rows", "5000", "--batch_size", "1000", "--repeat", "1"],
     "step_kernels": ["--model_config", "MODEL", "--batch_size", "64", "--capability", "8.0"],
-    "train": ["--model_config", "MODEL", "--batch_size", "64", "--seconds", "0.1"],
+    "train": ["--model_config", "MODEL", "--quick", "--plot", "PLOT"],
 }
 
 
@@ -32,13 +36,23 @@ def test_last_line_is_json_with_the_machine(name, tmp_path):
         "num_numerical_features": 13, "categorical_feature_sizes": [50] * 26, "bottom_mlp_sizes": [8],
         "top_mlp_sizes": [8, 1], "embedding_dim": 8,
     }))  # fmt: skip
-    words = [word.replace("MODEL", str(model)) for word in SMALL[name]]
+    plot = tmp_path / "plot.png"
+    words = [word.replace("MODEL", str(model)).replace("PLOT", str(plot)) for word in SMALL[name]]
     if name == "quickstart":
         words += ["--out", str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-m", "bench", name, *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["bench"] == name and result["machine"]["cores"] >= 1 and result["machine"]["commit"]
+    if name == "train":
+        assert plot.read_bytes().startswith(b"\x89PNG") and "EmbeddingBag" in done.stderr
+        first, second = result["measured"]
+        assert (first["precision"], second["precision"]) == ("float32", "amp") and first["embedding_rows"] == 26 * 50
+        parts = first["results"]["ours"]["microseconds_per_sample"]
+        assert set(parts) == {
+            "feed", "MLPs", "look-up + interaction", "update of the tables", "update of the MLPs"
+        }  # fmt: skip
+        assert min(parts.values()) > 0 and set(first["share_of_limit"]) == {"operations", "bytes"}
 
 
 def test_the_polars_peer_does_the_same_work(tmp_path):
@@ -48,3 +62,47 @@ def test_the_polars_peer_does_the_same_work(tmp_path):
     splits = [tmp_path / "set" / split_file(split) for split in SPLITS]
     ours = np.concatenate([np.fromfile(path, np.int32).reshape(-1, 40) for path in splits])
     np.testing.assert_array_equal(polars_peer.encode([str(day) for day in days]), ours)
+
+
+def test_tables_are_cut_to_fit():
+    config, _ = read_config("mlperf_40m.limit")
+    for limit in (1e4, 1.5e9, 1e11, 1e12):
+        cut = train.fit_tables(config, limit).categorical_feature_sizes
+        assert sum(cut) * 512 <= max(limit, 26 * 512)
+        assert cut == tuple(min(size, max(cut)) for size in config.categorical_feature_sizes)
+    assert cut == config.categorical_feature_sizes
+    assert sum(train.fit_tables(config, 1.5e9).categorical_feature_sizes) * 512 > 1.4999e9
+
+
+def test_operations_are_those_of_the_definition():
+    config, _ = read_config("official_config")
+    assert train_limits.operations(config) == pytest.approx(4.6e6, rel=0.05)
+    config, _ = read_config("mlperf_40m.limit")
+    assert train_limits.operations(config) == pytest.approx(14.2e6, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["EmbeddingBag", "FBGEMM TBE"])
+def test_peers_train_the_same_model(name):
+    """From the same weights, over the same batches, to the same weights."""
+    if name == "FBGEMM TBE":
+        pytest.importorskip("fbgemm_gpu")
+    torch.manual_seed(0)
+    config = ModelConfig(13, (50, 3, 1000), (16, 8), (16, 1), 8)
+    mine = train_peers.ours(config, Precision(), torch.device("cpu"))
+    before = [table.clone() for table in mine.model.embedding.tables()]
+    peer = train_peers.peers(mine)[name]
+    for ours, theirs in zip(mine.model.dense_parameters(), peer.model.dense_parameters(), strict=True):
+        theirs.data.copy_(ours)
+    bags = peer.model.embedding.bags
+    if name == "EmbeddingBag":  # it shares our tables: here, each is to have its own
+        for bag in bags:
+            bag.weight.data = bag.weight.data.clone()
+    theirs = [bag.weight.data for bag in bags] if name == "EmbeddingBag" else bags.split_embedding_weights()
+    for part, table in zip(theirs, before, strict=True):
+        part.copy_(table)
+    for _ in range(5):
+        ids = torch.stack([torch.randint(size, (64,)) for size in config.categorical_feature_sizes], 1).int()
+        batch = Batch(torch.rand(64, 13), ids, torch.randint(2, (64,)).float())
+        assert peer.step(batch).item() == pytest.approx(mine.step(batch).item(), rel=1e-5)
+    for ours, part in zip(mine.model.embedding.tables(), theirs, strict=True):
+        torch.testing.assert_close(part, ours, rtol=1e-4, atol=1e-5)

@@ -33,6 +33,9 @@ def test_one_epoch_by_default(folder, capsys):
     assert status == 0 and result["steps"] == 13 and result["ended"] == "all epochs done"
     assert result["test"]["rows"] == 126 and 0 <= result["test"]["auc"] <= 1 and result["test"]["log_loss"] > 0
     assert len(result["validation"]) == 12 and result["validation"][0]["rows"] == 125
+    memory, rows = result["memory_bytes"], json.loads((folder / "manifest.json").read_text())["table_sizes"]
+    assert memory["tables"] == 4 * 64 * sum(rows) and memory["table_optimizer"] == 0
+    assert memory["peak"] > memory["step"] > 4 * 64 * 26 * 64 and memory["mlps"] == 4 * 762_689
     assert "by manifest.json" in words and "device cpu, float32" in words
 
 
@@ -65,6 +68,7 @@ def test_lower_precision_trains(folder, capsys, flag, name):
     plain = run(capsys, "--dataset", folder, *QUICK)[1]
     status, result, words = run(capsys, "--dataset", folder, *QUICK, flag)
     assert status == 0 and f"device cpu, {name}" in words
+    assert ("loss_scale" in result) == (flag == "--fp16")
     assert result["test"]["log_loss"] == pytest.approx(plain["test"]["log_loss"], abs=0.05)
 
 
@@ -77,7 +81,11 @@ def test_half_precision_tables_train_and_come_back(folder, tmp_path, capsys, mor
     amp = more[2:]
     for dtype in ("float32", "bfloat16"):
         words = ["--test_only", "--ckpt", tmp_path, "--embedding_dtype", dtype, *amp]
-        assert run(capsys, "--dataset", folder, *QUICK, *words)[1]["test"] == result["test"]
+        found = run(capsys, "--dataset", folder, *QUICK, *words)[1]["test"]
+        if amp and dtype == "float32":  # the fused step of the CPU takes these, and its matrix products are its own
+            assert found == pytest.approx(result["test"], abs=0.01)
+        else:
+            assert found == result["test"]
 
 
 def test_save_test_only_and_go_on(folder, tmp_path, capsys):
@@ -94,7 +102,7 @@ def test_save_test_only_and_go_on(folder, tmp_path, capsys):
 
 def test_profile(folder, tmp_path, capsys):
     status, result, words = run(capsys, "--dataset", folder, *QUICK, "--profile_steps", 2, "--output_dir", tmp_path)
-    assert status == 0 and "aten::addmm" in words
+    assert status == 0 and "aten::mm" in words
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"] and result["profile"]
 
 
@@ -134,6 +142,7 @@ def test_foreign_data_set_takes_its_table_sizes_from_the_configuration(folder, t
         (["--dataset", "SET", "--device", "cuda"], "torch finds no GPU"),
         (["--dataset", "SET", "--amp", "--fp16"], "choose one"),
         (["--dataset", "SET", "--nouse_embedding_ext", "--table_placement", "host"], "only with --use_embedding_ext"),
+        (["--dataset", "SET", "--device", "cpu", "--cuda_graphs"], "--cuda_graphs: expected a GPU, got --device cpu"),
         (["--dataset", "SET", "--test_only"], "expected --ckpt DIR"),
         (["--dataset", "SET", "--ckpt", "/nowhere"], "expected a checkpoint, or a run's folder"),
         (["--dataset", "SET", "--lr", "0"], "--lr: expected a number above 0"),
