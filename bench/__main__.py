@@ -4,7 +4,7 @@
     python -m bench kaggle        real rows by facebookresearch/dlrm's recipe and by ours, mean AUC of three seeds
     python -m bench etl           raw text -> data set, beside a Polars pipeline that does the same work
     python -m bench kernels       the encoder's GPU kernels compiled: registers, spills, bytes moved
-    python -m bench load          data set -> batches: plain loader, DALI, per-row DataLoader
+    python -m bench load          data set -> batches: our loaders, DALI, DataLoaders; alone and with the training step
     python -m bench train         the training step, beside torch's EmbeddingBag with sparse gradients
 """
 

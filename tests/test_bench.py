@@ -16,7 +16,10 @@ from tests.conftest import ROOT
 SMALL = {
     "quickstart": ["--rows", "6000"],
     "etl": ["--rows", "3000"],
-    "load": ["--rows", "5000", "--batch_size", "1000", "--repeat", "1"],
+    "load": [
+        "--rows", "5000", "--batch_size", "1000", "5000", "--repeat", "1", "--seconds", "0.01", "--steps", "2",
+        "--step_batch_size", "64", "--model_config", "MODEL", "--png", "PNG",
+    ],
     "train": ["--model_config", "MODEL", "--batch_size", "64", "--seconds", "0.1"],
 }
 
@@ -28,13 +31,17 @@ def test_last_line_is_json_with_the_machine(name, tmp_path):
         "num_numerical_features": 13, "categorical_feature_sizes": [50] * 26, "bottom_mlp_sizes": [8],
         "top_mlp_sizes": [8, 1], "embedding_dim": 8,
     }))  # fmt: skip
-    words = [word.replace("MODEL", str(model)) for word in SMALL[name]]
+    words = [word.replace("MODEL", str(model)).replace("PNG", str(tmp_path / "load.png")) for word in SMALL[name]]
     if name == "quickstart":
         words += ["--out", str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-m", "bench", name, *words], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["bench"] == name and result["machine"]["cores"] >= 1 and result["machine"]["commit"]
+    if name == "load":
+        assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
+        counts = [len(found["loaders"]) for found in (*result["page_cache"], result["disk"], result["training"])]
+        assert counts == [9, 9, 6, 6] and "data wait share" in done.stderr
 
 
 def test_the_polars_peer_does_the_same_work(tmp_path):

@@ -42,6 +42,9 @@ class Loader:
     def __len__(self) -> int:
         return len(self.order)
 
+    def __str__(self) -> str:
+        return f"{self.name} loader on {self.device}"
+
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """The batches from number `start` of `epoch` on: the position to resume at is just these two numbers.
 
