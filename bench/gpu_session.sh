@@ -26,6 +26,7 @@ for device in cpu $([ "$DEVICE" = cpu ] || echo "$DEVICE"); do
 done
 [ "$DEVICE" = cpu ] || step same_bytes diff -r "$DATA/cpu" "$DATA/$DEVICE"
 step etl "$PY" -m bench etl --rows "$ROWS" --repeat 3 --device "$DEVICE"
+step load "$PY" -m bench load --rows "$ROWS" --device "$DEVICE" --png "$OUT/load.png"
 step train "$PY" -m bench train --device "$DEVICE" --batch_size 2048 16384 65536 --seconds "$SECONDS_EACH"
 step learn "$PY" train.py --dataset "$DATA/cpu" @criteo_kaggle --shuffle_batch_order --device "$DEVICE"
 exit $failed

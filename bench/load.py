@@ -38,14 +38,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, nargs="+", default=[2048, 16384, 65536, 131072], metavar="B")
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="that batches go to")
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="rounds over all loaders; medians count")
-    parser.add_argument("--seconds", type=float, default=0.4, help="of each measurement, at least (default: 0.4)")
+    parser.add_argument("--seconds", type=float, default=0.2, help="of each measurement, at least (default: 0.2)")
     parser.add_argument(
         "--shuffle_buffer_size", type=int, nargs="+", default=[0, 1 << 18], metavar="ROWS",
         help="as train.py's flag, for its loaders; the first one counts in the training step (default: 0 262144)",
     )  # fmt: skip
     parser.add_argument("--model_config", default="official_config", metavar="NAME|FILE", help="of the training step")
     parser.add_argument("--step_batch_size", type=int, metavar="B", help="default: 65,536 on a GPU, 2,048 on a CPU")
-    parser.add_argument("--steps", type=int, default=12, metavar="N", help="training steps a measurement (default: 12)")
+    parser.add_argument("--steps", type=int, default=8, metavar="N", help="training steps a measurement (default: 8)")
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the results there")
 
 

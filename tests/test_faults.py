@@ -125,7 +125,8 @@ def test_all_loaders_and_caches_train_alike(folder, tmp_path, whole, capsys):
             out = tmp_path / f"{name}_{loader}"
             assert train.main([*flags(folder, out, loader), *more]) == 0
             assert digests(out / "step_26") == whole[loader == "rows"]
-    assert "device-resident loader on cpu" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "device-resident loader on cpu" in said and "DALI loader on cpu, by DALI's CPU pipeline" in said
 
 
 def test_going_on_in_the_midst_of_a_window(folder, tmp_path, whole, capsys):

@@ -8,18 +8,16 @@ functions that the plain loader calls, so that the batches agree bit for bit.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
 from gpu_etl.load.batch import Batch
-from gpu_etl.load.loader import BlockReader, Loader, Slot, unpacked
+from gpu_etl.load.loader import BlockReader, Loader, Slot, Unpacking, unpacked
 from gpu_etl.load.order import Unit
-from gpu_etl.load.unpack import BatchMemory, Unpacker
 
 THREADS = 2
-DEPTH = 2  # blocks that the pipeline holds ahead
 
 
 @pipeline_def
@@ -31,56 +29,58 @@ def _pass_on(blocks: Iterator, to_gpu: bool):
 class DaliLoader(Loader):
     """Same interface and batches as CpuLoader."""
 
-    name = "dali"
+    name = "DALI"
 
-    def _units(self, epoch: int, start: int) -> Iterator[tuple[Unit, Batch]]:
-        gpu, reader = self._stream is not None, BlockReader(self.source)
-        # The pipeline holds DEPTH blocks and the one it gave out last; one more is read into.
-        slots, fed = deque(Slot(pinned=gpu) for _ in range(DEPTH + 2)), deque()
+    def __str__(self) -> str:
+        return super().__str__() + ("" if self._stream else ", by DALI's CPU pipeline")
 
-        def blocks() -> Iterator[list]:
-            for unit in self.order.units(epoch, start):
-                slot = slots.popleft()
-                slot.take()
-                block, picks = slot.fill(unit, reader)
-                fed.append((unit, slot, picks))
-                yield [block.numpy()]
+    def _made(self, epoch: int, start: int) -> Iterator[tuple[Sequence[int], Batch]]:
+        # The pipeline holds self.ahead blocks and the one it gave out last; one more is read into.
+        with self._slots(self.ahead + 2) as slots:
+            free, fed = deque(slots), deque()
+            pipeline = _pass_on(
+                self._filled(self.order.units(epoch, start), free, fed), self._stream is not None, batch_size=1,
+                num_threads=THREADS, device_id=self.device.index, prefetch_queue_depth=self.ahead,
+            )  # fmt: skip
+            make, ended = self._on_gpu if self._stream else self._on_cpu(), False
+            try:
+                while True:
+                    try:
+                        (output,) = pipeline.run(self._stream)
+                    except StopIteration:
+                        ended = True
+                        return
+                    unit, slot, picks = fed.popleft()
+                    yield from make(unit, slot, picks, output)
+                    free.append(slot)
+            finally:
+                if self._stream:  # slots outlive the copies out of them: where this ends early, all that are under way
+                    (self._stream if ended else torch.cuda).synchronize()
 
-        device = (self.device.index or 0) if gpu else None
-        pipeline = _pass_on(blocks(), gpu, batch_size=1, num_threads=THREADS, device_id=device,
-                            prefetch_queue_depth=DEPTH)  # fmt: skip
-        unpack = self._on_gpu if gpu else self._on_cpu()
-        try:
-            while True:
-                try:
-                    (output,) = pipeline.run(self._stream)
-                except StopIteration:
-                    return
-                unit, slot, picks = fed.popleft()
-                whole = unpack(slot, output, picks)
-                slots.append(slot)
-                yield unit, whole
-        finally:
-            if gpu:  # where it ends early, the pipeline may still be copying out of slots that are about to be freed
-                torch.cuda.synchronize(self.device)
+    def _filled(self, units: Iterator[Unit], free: deque[Slot], fed: deque) -> Iterator[list]:
+        """What DALI takes in: a batch of one sample, the block of a unit. Notes in `fed` which slot holds it."""
+        reader = BlockReader(self.source)
+        for unit in units:
+            slot = free.popleft()
+            slot.take()
+            block, picks = slot.fill(unit, reader)
+            fed.append((unit, slot, picks))
+            yield [block.numpy()]
 
-    def _on_gpu(self, slot: Slot, output, picks: torch.Tensor | None) -> Batch:
+    def _on_gpu(self, unit: Unit, slot: Slot, picks: torch.Tensor | None, output):
         with torch.cuda.stream(self._stream):
             block = torch.from_dlpack(output[0])
             whole = unpacked(block, picks, self.source)
             # The loader's stream has waited for DALI's copy: past this event, nobody reads the slot or the block.
             slot.give_back(self._stream.record_event(), block)
-        return whole
+        yield unit.sizes, whole
 
     def _on_cpu(self):
-        unpacker, memory = Unpacker(self.source.floats, self.source.logged), BatchMemory()
+        unpacking = Unpacking(self.source, self._memory)
 
-        def unpack(slot: Slot, output, picks: torch.Tensor | None) -> Batch:
+        def make(unit: Unit, slot: Slot, picks: torch.Tensor | None, output):
             block = torch.from_dlpack(output[0]).numpy()
-            rows = len(block) if picks is None else len(picks)
-            whole = memory.empty_batch(rows)
-            unpacker.into(whole, 0, rows, block, None if picks is None else picks.numpy())
+            yield from unpacking.batches(unit, block, None if picks is None else picks.numpy())
             slot.give_back()
-            return whole
 
-        return unpack
+        return make

@@ -1,17 +1,19 @@
 """What all loaders have in common: the order of batches, making them ahead in a thread, handing them to the trainer."""
 
 import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 
 from gpu_etl.errors import DataError
 from gpu_etl.load.batch import Batch
-from gpu_etl.load.order import Order, Unit
+from gpu_etl.load.order import UNIT_ROWS, Order, Unit
 from gpu_etl.load.sources import Source
-from gpu_etl.load.unpack import empty_block, unpack_block
+from gpu_etl.load.unpack import Memory, Unpacker, empty_block, unpack_block
 from gpu_etl.prefetch import prefetch
 
 PREFETCH = 2  # units
@@ -34,9 +36,12 @@ class Loader:
         buffer: int = 0, rank: int = 0, world: int = 1, ahead: int = PREFETCH,
     ):  # fmt: skip
         self.source, self.device, self.ahead = source, torch.device(device), ahead
+        if self.device == torch.device("cuda"):
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.order = Order(source.rows, batch_size, shuffle, seed, buffer, rank, world)
         if self.order.window == 1:  # else a batch's rows come from all over its window, and no range tells them
             self.ranges = self.order.ranges
+        self._memory, self._spare_slots = Memory(), deque()
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def __len__(self) -> int:
@@ -51,7 +56,7 @@ class Loader:
         Raises DataError where a file has become shorter or reading fails in another way, OSError where a file cannot be
         read; the batches before that are good.
         """
-        for whole, sizes, ready in prefetch(self._guarded(epoch, start), self.ahead):
+        for sizes, whole, ready in prefetch(self._guarded(epoch, start), self.ahead):
             if ready:
                 stream = torch.cuda.current_stream(self.device)
                 stream.wait_event(ready)
@@ -62,11 +67,13 @@ class Loader:
             else:
                 yield from map(Batch, *(tensor.split(sizes) for tensor in whole))
 
-    def _guarded(self, epoch: int, start: int) -> Iterator[tuple[Batch, list[int], torch.cuda.Event | None]]:
-        """Batches of a unit as one, their sizes, and the event after which they are there (None: at once)."""
+    def _guarded(self, epoch: int, start: int) -> Iterator[tuple[list[int], Batch, torch.cuda.Event | None]]:
+        """Sizes of some batches, these as one, and the event after which they are there (None: at once)."""
         try:
-            for unit, whole in self._units(epoch, start):
-                yield whole, list(unit.sizes), self._stream and self._stream.record_event()
+            if self._stream:
+                torch.cuda.set_device(self.device)  # of this thread: or it would take some memory of the first GPU
+            for sizes, whole in self._made(epoch, start):
+                yield list(sizes), whole, self._stream and self._stream.record_event()
         except (DataError, OSError):
             raise
         except Exception as error:
@@ -75,9 +82,42 @@ class Loader:
                 f"{type(error).__name__}: {error}"
             ) from error
 
-    def _units(self, epoch: int, start: int) -> Iterator[tuple[Unit, Batch]]:
-        """Each unit, and its batches as one; on a GPU made on self._stream. Runs in the thread."""
+    def _made(self, epoch: int, start: int) -> Iterator[tuple[Sequence[int], Batch]]:
+        """Sizes of some batches, and these as one; on a GPU made on self._stream. Runs in the thread."""
         raise NotImplementedError
+
+    @contextmanager
+    def _slots(self, count: int):
+        """So many slots, kept from one epoch to the next: pinning memory takes longer than filling it."""
+        slots = []
+        try:
+            while len(slots) < count:
+                slots.append(self._spare_slots.pop() if self._spare_slots else Slot(self._stream is not None))
+            yield slots
+        finally:
+            for slot in slots:
+                slot.taken = False
+            self._spare_slots.extend(slots)
+
+
+class Unpacking:
+    """Batches on the CPU out of packed rows there."""
+
+    def __init__(self, source: Source, memory: Memory):
+        self._memory, self._unpacker = memory, Unpacker(source.floats, source.logged)
+
+    def batches(self, unit: Unit, block: np.ndarray, picks: np.ndarray | None) -> Iterator[tuple[list[int], Batch]]:
+        """Sizes of some batches, and these as one, until all of the unit's are made."""
+        done, sizes = 0, []
+        for number, size in enumerate(unit.sizes):
+            sizes.append(size)
+            rows = sum(sizes)
+            if rows >= UNIT_ROWS or number == len(unit.sizes) - 1:
+                whole, some = self._memory.empty_batch(rows), slice(done, done + rows)
+                of = (block[some], None) if picks is None else (block, picks[some])
+                self._unpacker.into(whole, 0, rows, *of)
+                yield sizes, whole
+                done, sizes = done + rows, []
 
 
 class BlockReader:

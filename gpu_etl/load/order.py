@@ -14,14 +14,16 @@ from gpu_etl.load.batch import batch_ranges, rank_range
 from gpu_etl.shuffle import mix64, row_keys
 
 ROUNDS = 6  # of the Feistel network: with 4, which rows become neighbours is not quite random in windows of 400 rows
+ABREAST = 512  # pairs that go through it side by side
 UNIT_ROWS = 1 << 15  # rows read at once where batches are small: each read costs a hand-over between threads
 ROW_SHUFFLE = 1 << 40  # key numbers of windows, beyond those of epochs
 
 
 @compiled
-def _below(value, limit):
-    """A number below limit (< 2^32) from 64 random bits."""
-    return np.int64((value >> np.uint64(32)) * np.uint64(limit) >> np.uint64(32))
+def _add(random, part, limit):
+    """(part + a number below limit from 64 random bits) modulo limit; limit < 2^32."""
+    part += np.int64((random >> np.uint64(32)) * np.uint64(limit) >> np.uint64(32))
+    return part - limit if part >= limit else part
 
 
 @compiled
@@ -29,31 +31,41 @@ def _permute(keys, rows, first, places):
     """places[i] = where number first + i goes in the permutation of 0 .. rows - 1 that the keys make.
 
     A Feistel network over pairs (a, b), a < height, b < width, whose number is a * width + b, adding modulo height and
-    width in turn (Black, Rogaway 2002). The few pairs beyond `rows` are sent through again until they land below.
+    width in turn (Black, Rogaway 2002). The few pairs beyond `rows` are sent through again until they land below. Some
+    hundred pairs go through each round together, so that the processor takes eight at a time: 7 ns in place of 25.
     """
     width = np.int64(np.ceil(np.sqrt(np.float64(rows))))
     height = (rows + width - 1) // width
-    for i in range(len(places)):
-        number = np.int64(first + i)
-        while True:
-            a, b = number // width, number % width
-            for r in range(0, len(keys), 2):
-                a += _below(mix64(np.uint64(b) + keys[r]), height)
-                if a >= height:
-                    a -= height
-                b += _below(mix64(np.uint64(a) + keys[r + 1]), width)
-                if b >= width:
-                    b -= width
-            number = a * width + b
-            if number < rows:
-                break
-        places[i] = number
+    memory = np.empty((2, ABREAST), np.int64)
+    for low in range(0, len(places), ABREAST):
+        count = min(ABREAST, len(places) - low)
+        a, b = memory[0, :count], memory[1, :count]
+        row, column = (first + low) // width, (first + low) % width
+        for i in range(count):
+            a[i], b[i] = row, column
+            column += 1
+            if column == width:
+                row, column = row + 1, 0
+        for r in range(0, len(keys), 2):
+            for i in range(count):
+                a[i] = _add(mix64(np.uint64(b[i]) + keys[r]), a[i], height)
+            for i in range(count):
+                b[i] = _add(mix64(np.uint64(a[i]) + keys[r + 1]), b[i], width)
+        for i in range(count):
+            number = a[i] * width + b[i]
+            while number >= rows:
+                row, column = number // width, number % width
+                for r in range(0, len(keys), 2):
+                    row = _add(mix64(np.uint64(column) + keys[r]), row, height)
+                    column = _add(mix64(np.uint64(row) + keys[r + 1]), column, width)
+                number = row * width + column
+            places[low + i] = number
 
 
 def permuted(seed: int, rows: int, first: int, count: int) -> np.ndarray:
     """Places first to first + count of a seeded random permutation of 0 .. rows - 1 (rows < 2^62), int64 [count].
 
-    Any stretch of it costs only itself: about 20 ns a place.
+    Any stretch of it costs only itself: 7 ns a place.
     """
     places = np.empty(count, np.int64)
     _permute(row_keys(seed, 0, ROUNDS), rows, first, places)

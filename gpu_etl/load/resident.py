@@ -1,16 +1,15 @@
 """The whole split in the memory of the device that trains: read once, then batches by row number."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 
 from gpu_etl.errors import DataError
 from gpu_etl.load.batch import Batch
-from gpu_etl.load.loader import Loader, unpacked
-from gpu_etl.load.order import Unit
+from gpu_etl.load.loader import Loader, Unpacking, unpacked
 from gpu_etl.load.sources import Source
-from gpu_etl.load.unpack import BatchMemory, Unpacker, empty_block
+from gpu_etl.load.unpack import empty_block
 from gpu_etl.schema import COLUMNS, RECORD_BYTES
 
 LOAD_ROWS = 1 << 18
@@ -48,14 +47,13 @@ class ResidentLoader(Loader):
             source.read_into(begin, end, part[: end - begin].numpy())
             self._rows[begin:end].copy_(part[: end - begin])
 
-    def _units(self, epoch: int, start: int) -> Iterator[tuple[Unit, Batch]]:
-        unpacker, memory = Unpacker(self.source.floats, self.source.logged), BatchMemory()
+    def _made(self, epoch: int, start: int) -> Iterator[tuple[Sequence[int], Batch]]:
+        unpacking = Unpacking(self.source, self._memory)
         for unit in self.order.units(epoch, start, in_memory=True):
             rows = unit.rows()
             if self._stream:
                 with torch.cuda.stream(self._stream):
                     whole = unpacked(self._rows, torch.from_numpy(rows).pin_memory(), self.source)
+                yield unit.sizes, whole
             else:
-                whole = memory.empty_batch(len(rows))
-                unpacker.into(whole, 0, len(rows), self._rows.numpy(), rows)
-            yield unit, whole
+                yield from unpacking.batches(unit, self._rows.numpy(), rows)

@@ -20,7 +20,7 @@ CHUNK_ROWS = 1 << 11  # 320 KB: read, unpacked and logged within the second-leve
 IN_ORDER = np.empty(0, np.int64)
 GROUP = 32  # rows that are fetched together where they lie all over a block
 LINE = 16  # words of a cache line
-SPARES = 4  # batches' memory kept for the next ones
+SPARES = 4  # pieces of memory kept for the next ones
 
 
 def logs_of_integers() -> np.ndarray:
@@ -126,27 +126,33 @@ class Unpacker:
                 dense[places] = torch.from_numpy(dense[places]).log_().numpy()
 
 
-class BatchMemory:
-    """Memory of batches on the CPU, given to later ones once nobody holds a tensor of the batch any more.
+class Memory:
+    """Memory for batches and packed rows on the CPU, given to later ones once nobody holds a tensor of it any more.
 
-    Fresh memory would take as long as all the rest: the system clears each page first.
+    Fresh memory would take as long as all the rest: the system clears each page first. For use by any thread.
     """
 
     def __init__(self):
         self._spare: deque[np.ndarray] = deque(maxlen=SPARES)
 
-    def empty_batch(self, rows: int) -> Batch:
-        """A batch whose contents are undefined."""
+    def _words(self, count: int) -> torch.Tensor:
         try:
             memory = self._spare.pop()
         except IndexError:
             memory = np.empty(0, np.int32)
-        if len(memory) != rows * COLUMNS:
-            memory = np.empty(rows * COLUMNS, np.int32)
-        owner = memory[:]  # lives as long as any tensor made of it
+        if len(memory) < count:
+            memory = np.empty(count, np.int32)
+        owner = memory[:count]  # lives as long as any tensor made of it
         weakref.finalize(owner, self._spare.append, memory).atexit = False
-        words = torch.from_numpy(owner)
-        dense, sparse, label = words.split((rows * DENSE, rows * SPARSE, rows))
+        return torch.from_numpy(owner)
+
+    def empty_block(self, rows: int) -> torch.Tensor:
+        """Packed rows, int32 [rows, 40], whose contents are undefined."""
+        return self._words(rows * COLUMNS).view(rows, COLUMNS)
+
+    def empty_batch(self, rows: int) -> Batch:
+        """A batch whose contents are undefined."""
+        dense, sparse, label = self._words(rows * COLUMNS).split((rows * DENSE, rows * SPARSE, rows))
         return Batch(
             dense.view(torch.float32).view(rows, DENSE), sparse.view(rows, SPARSE), label.view(torch.float32)
         )
