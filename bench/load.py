@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from gpu_etl.load.dali import DaliLoader
 from gpu_etl.load.dataset import DataSet, open_dataset
 from gpu_etl.load.resident import ResidentLoader
 from gpu_etl.load.sources import Source
+from gpu_etl.load.unpack import CHUNK_ROWS, empty_block
 from gpu_etl.schema import COLUMNS, DENSE, FIRST_DENSE, FIRST_SPARSE, RECORD_DTYPE
 from model.config import ModelConfig, read_config
 from model.device import choose_device
@@ -29,6 +30,7 @@ from model.schedule import Schedule
 
 PEER = "DataLoader, blocks"  # ratios are to this one
 NO_DISK = ("device-resident", "DataLoader, rows")  # one reads nothing, of the other too little is read
+FRESH_BATCHES = 4
 STEP_BATCH_SIZE = {"cuda": 65536, "cpu": 2048}
 
 
@@ -108,6 +110,26 @@ def in_rounds(found: dict[str, Callable[[], float]], rounds: int) -> dict[str, d
     }
 
 
+def limits(source: Source, device: torch.device, seconds: float) -> dict[str, float | None]:
+    """Millions of rows/s that one thread copies out of the page cache, and that move from pinned memory to the GPU."""
+    rows = min(CHUNK_ROWS, source.rows)
+    chunk = empty_block(rows)
+
+    def chunks() -> Iterator:
+        for begin in range(0, source.rows - rows + 1, rows):
+            source.read_into(begin, begin + rows, chunk.numpy())
+            yield None, None, chunk
+
+    found = {"page_cache_to_memory": round(rate(chunks, device, seconds), 2), "memory_to_gpu": None}
+    if device.type == "cuda":
+        pinned = empty_block(1 << 18, pinned=True)
+        moved = [(None, None, pinned)] * 20
+        found["memory_to_gpu"] = round(
+            rate(lambda: ((*_, block.to(device, non_blocking=True)) for *_, block in moved), device, seconds), 2
+        )
+    return found
+
+
 def from_page_cache(data: DataSet, args: argparse.Namespace, device: torch.device) -> list[dict]:
     """Rates per batch size and loader, the files' contents in memory."""
     results, least = [], args.seconds
@@ -134,40 +156,47 @@ def from_disk(data: DataSet, args: argparse.Namespace, device: torch.device) -> 
     return {"batch_size": max(args.batch_size), "cold": True, "loaders": found}
 
 
-def train_seconds(trainer: Trainer, batches: Iterator, steps: int) -> float:
-    """Seconds of so many steps, the waiting for their batches included."""
+def waiting_and_all(trainer: Trainer, batches: Iterator, steps: int) -> tuple[float, float]:
+    """Seconds from asking for a batch until it is on the device, and seconds in all, over so many steps. The device has
+    done the last step when the next batch is asked for. The first batch, for which a loader starts up, is left out."""
+    trainer.step(next(batches))
     wait_for(trainer.device)
-    start = time.perf_counter()
-    for batch in islice(batches, steps):
+    waited, start = 0.0, time.perf_counter()
+    for _ in range(steps):
+        asked = time.perf_counter()
+        batch = next(batches)
+        wait_for(trainer.device)
+        waited += time.perf_counter() - asked
         trainer.step(batch)
-    wait_for(trainer.device)
-    return time.perf_counter() - start
+        wait_for(trainer.device)
+    return waited, time.perf_counter() - start
 
 
 def with_training_step(data: DataSet, args: argparse.Namespace, device: torch.device, config: ModelConfig) -> dict:
-    """Data wait share: 1 - (seconds of steps on batches that are on the device already) / (seconds of as many steps on
-    batches that a loader reads meanwhile). Both in turns; the median. It holds whatever the loader takes from the step,
-    be it the waiting, cores, or the bandwidth of memory; below zero: within what such times vary by."""
+    """Data wait share: of the time of training steps, the part from asking for a batch until it is on the device. The
+    device does nothing else meanwhile, so no run waits more. Median of rounds in which each loader takes its turn.
+    samples_per_second: of the steps and the waiting, the fastest round."""
     batch_size = args.step_batch_size or STEP_BATCH_SIZE[device.type]
     torch.manual_seed(0)
     with device:
         trainer = Trainer(DLRM(config), Schedule(0.1), Precision(torch.bfloat16))
     source = data.splits["train"]
     ways = loaders(source, batch_size, device, args.shuffle_buffer_size[:1])
-    held = list(islice(ResidentLoader(source, batch_size, device, True).batches(), args.steps))
-    steps = len(held)
-    train_seconds(trainer, iter(held), min(steps, 3))
-    shares = {name: [] for name in ways}
-    seconds = []
+    held = list(islice(ResidentLoader(source, batch_size, device, True).batches(), FRESH_BATCHES))
+    ways["batches that are there"] = lambda: cycle(held)
+    steps = min(args.steps, len(Blocks(source, batch_size)) - 1)
+    shares, rates = {name: [] for name in ways}, {name: [] for name in ways}
     for _ in range(args.repeat):
         for name, batches in ways.items():
-            few = 1 if name == "DataLoader, rows" and device.type == "cpu" else steps
-            alone = train_seconds(trainer, iter(held), few)
-            shares[name].append(1 - alone / train_seconds(trainer, iter(batches()), few))
-            seconds.append(alone / few)
-    found = {name: {"data_wait_share": round(statistics.median(values), 4)} for name, values in shares.items()}
-    step_rate = batch_size / statistics.median(seconds)
-    return {"batch_size": batch_size, "steps": steps, "samples_per_second": round(step_rate), "loaders": found}
+            few = 1 if name == "DataLoader, rows" else steps
+            waited, seconds = waiting_and_all(trainer, iter(batches()), few)
+            shares[name].append(waited / seconds)
+            rates[name].append(few * batch_size / seconds)
+    found = {
+        name: {"data_wait_share": round(statistics.median(shares[name]), 4), "samples_per_second": round(max(found))}
+        for name, found in rates.items()
+    }
+    return {"batch_size": batch_size, "steps": steps, "loaders": found}
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -177,6 +206,7 @@ def measure(args: argparse.Namespace) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         data = write_records(Path(folder), args.rows, config.categorical_feature_sizes)
         result = {"rows": args.rows, "device": str(device), "peer": PEER, "model_config": args.model_config}
+        result["limits_million_rows_per_second"] = limits(data.splits["train"], device, args.seconds)
         result["page_cache"] = from_page_cache(data, args, device)
         result["disk"] = from_disk(data, args, device)
         print(load_show.table(result["disk"]), file=sys.stderr, flush=True)

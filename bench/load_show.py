@@ -9,11 +9,10 @@ def table(found: dict) -> str:
     """Loaders of one measurement, a line each."""
     where = "from disk" if found.get("cold") else "with the training step" if "steps" in found else "from page cache"
     lines = [f"batch {found['batch_size']:,}, {where}"]
-    if "steps" in found:
-        lines[0] += f" ({found['samples_per_second']:,} samples/s on batches that are there)"
     for name, figures in found["loaders"].items():
         if "data_wait_share" in figures:
-            lines.append(f"  {name:30} data wait share {100 * figures['data_wait_share']:6.1f} %")
+            share, rate = 100 * figures["data_wait_share"], figures["samples_per_second"]
+            lines.append(f"  {name:30} data wait share {share:6.2f} %, {rate:,} samples/s")
         else:
             rows, times = figures["million_rows_per_second"], figures["times_peer"]
             lines.append(f"  {name:30} {rows:9.3f} M rows/s {times:8.2f} times DataLoader on blocks")
@@ -39,6 +38,8 @@ def plot(result: dict, machine: dict, path: Path) -> None:
         if name in result["disk"]["loaders"]:
             cold = result["disk"]["loaders"][name]["million_rows_per_second"]
             left.plot([result["disk"]["batch_size"]], [cold], "x", ms=9, mew=2, color=colours[name])
+    limit = result["limits_million_rows_per_second"]["page_cache_to_memory"]
+    left.axhline(limit, ls=":", color="grey", label="one thread copies the bytes, no more")
     left.set(
         title="Loader alone, page cache (x: from disk)", xlabel="batch size [rows, log axis]", xscale="log",
         ylabel="throughput [million rows/s, log axis]", yscale="log",
@@ -48,14 +49,13 @@ def plot(result: dict, machine: dict, path: Path) -> None:
     left.grid(alpha=0.3)
     left.legend(**BELOW, bbox_to_anchor=(0.5, -0.1))
     training = result["training"]
-    shares = {name: 100 * figures["data_wait_share"] for name, figures in training["loaders"].items()}
+    shares = {name: 100 * training["loaders"][name]["data_wait_share"] for name in names if name in training["loaders"]}
     bars = right.barh(list(shares), list(shares.values()), color=[colours[name] for name in shares])
-    right.bar_label(bars, fmt="%.1f %%", padding=3)
+    right.bar_label(bars, fmt="%.2f %%", padding=3)
     right.invert_yaxis()
     right.margins(x=0.15)
     right.set(
-        title=f"With the training step, {result['model_config']}, batch {training['batch_size']:,}\n"
-        f"{training['samples_per_second']:,} samples/s on batches that are there",
+        title=f"With the training step, {result['model_config']}, batch {training['batch_size']:,}",
         xlabel="data wait share [% of the time of a step]",
     )
     right.grid(axis="x", alpha=0.3)

@@ -41,7 +41,7 @@ def test_last_line_is_json_with_the_machine(name, tmp_path):
     if name == "load":
         assert (tmp_path / "load.png").read_bytes().startswith(b"\x89PNG")
         counts = [len(found["loaders"]) for found in (*result["page_cache"], result["disk"], result["training"])]
-        assert counts == [9, 9, 6, 6] and "data wait share" in done.stderr
+        assert counts == [9, 9, 6, 7] and "data wait share" in done.stderr
 
 
 def test_the_polars_peer_does_the_same_work(tmp_path):
