@@ -92,10 +92,8 @@ def whole(folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("fault", "loader"),
-    [("truncated", "cpu"), ("truncated", "dali_rows"), ("disk", "rows"), ("disk", "dali"), ("thread", "cpu"),
-     ("thread", "dali")],
-)  # fmt: skip
+    ("fault", "loader"), [("truncated", "cpu"), ("truncated", "dali_rows"), ("disk", "rows"), ("thread", "dali")]
+)
 def test_a_fault_ends_training_and_it_can_go_on(folder, whole, tmp_path, fault, loader, capsys):
     copy = tmp_path / "set"
     shutil.copytree(folder, copy)
