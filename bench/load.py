@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from bench import load_show, machine
+from bench.command import BenchError
 from bench.load_peers import Blocks, data_loader, per_row
 from gpu_etl.load.cpu import CpuLoader
 from gpu_etl.load.dali import DaliLoader
@@ -185,6 +186,8 @@ def with_training_step(data: DataSet, args: argparse.Namespace, device: torch.de
     held = list(islice(ResidentLoader(source, batch_size, device, True).batches(), FRESH_BATCHES))
     ways["batches that are there"] = lambda: cycle(held)
     steps = min(args.steps, len(Blocks(source, batch_size)) - 1)
+    if steps < 1:
+        raise BenchError(f"--rows {args.rows}: expected two batches or more of --step_batch_size {batch_size}")
     shares, rates = {name: [] for name in ways}, {name: [] for name in ways}
     for _ in range(args.repeat):
         for name, batches in ways.items():

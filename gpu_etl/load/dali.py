@@ -35,8 +35,8 @@ class DaliLoader(Loader):
         return super().__str__() + ("" if self._stream else ", by DALI's CPU pipeline")
 
     def _made(self, epoch: int, start: int) -> Iterator[tuple[Sequence[int], Batch]]:
-        # The pipeline holds self.ahead blocks and the one it gave out last; one more is read into.
-        with self._slots(self.ahead + 2) as slots:
+        # The pipeline holds self.ahead blocks; the one it gave out last may still be copied when the next is filled.
+        with self._slots(self.ahead + 1) as slots:
             free, fed = deque(slots), deque()
             pipeline = _pass_on(
                 self._filled(self.order.units(epoch, start), free, fed), self._stream is not None, batch_size=1,
