@@ -6,6 +6,7 @@ from: label and numbers are int32 in records, the bits of float32 in other forms
 
 import weakref
 from collections import deque
+from functools import cache
 
 import numpy as np
 import torch
@@ -23,9 +24,10 @@ LINE = 16  # words of a cache line
 SPARES = 4  # pieces of memory kept for the next ones
 
 
+@cache
 def logs_of_integers() -> np.ndarray:
     """log(x + 1) float32 of x = 0 .. KNOWN - 1, by log_dense."""
-    return log_dense(torch.arange(KNOWN, dtype=torch.float32)).numpy()
+    return torch.cat([log_dense(part) for part in torch.arange(KNOWN, dtype=torch.float32).split(SLICE)]).numpy()
 
 
 def unpack_block(block: torch.Tensor, picks: torch.Tensor | None, floats: bool, logged: bool) -> Batch:
