@@ -108,16 +108,16 @@ class Unpacking:
 
     def batches(self, unit: Unit, block: np.ndarray, picks: np.ndarray | None) -> Iterator[tuple[list[int], Batch]]:
         """Sizes of some batches, and these as one, until all of the unit's are made."""
-        done, sizes = 0, []
+        done, rows, sizes = 0, 0, []
         for number, size in enumerate(unit.sizes):
             sizes.append(size)
-            rows = sum(sizes)
+            rows += size
             if rows >= UNIT_ROWS or number == len(unit.sizes) - 1:
                 whole, some = self._memory.empty_batch(rows), slice(done, done + rows)
                 of = (block[some], None) if picks is None else (block, picks[some])
                 self._unpacker.into(whole, 0, rows, *of)
                 yield sizes, whole
-                done, sizes = done + rows, []
+                done, rows, sizes = done + rows, 0, []
 
 
 class BlockReader:
