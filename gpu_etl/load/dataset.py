@@ -57,8 +57,8 @@ def _find_splits(folder: Path) -> dict[str, Path]:
         if "train" in found:
             return found
     raise DataError(
-        f"{folder}: no data set; expected {split_file('train')} (or train_data.bin, or train/label.bin ...). "
-        "Make one with `python -m gpu_etl encode DAY ... --out DIR`"
+        f"{folder}: no data set; expected {split_file('train')} (or train_data.bin, train/label.bin, day_0_labels.npy "
+        "...). Make one with `python -m gpu_etl encode DAY ... --out DIR`"
     )
 
 
