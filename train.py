@@ -99,19 +99,19 @@ class Session:
         schedule, precision = flags.schedule(args, len(self.loader)), flags.precision(args, self.device)
         self.trainer = Trainer(model, schedule, precision, mlps, (args.embedding_lr or args.lr) / args.lr)
 
-    def load(self, split: str, batch_size: int, *order):
-        """A loader of the split; of the test split where there is none of that name."""
+    def load(self, split: str, batch_size: int, *order, **share):
+        """A loader of the split; of the test split where there is none of that name. share: rank and world."""
         split = split if split in self.data.splits else "test"
-        found = self.data.splits[split], batch_size, self.device, *order
+        found, share = (self.data.splits[split], batch_size, self.device, *order), {"ahead": self.args.prefetch} | share
         if self.args.cache == "device":
             if (split, batch_size) not in self._cached:
-                self._cached[split, batch_size] = ResidentLoader(*found, ahead=self.args.prefetch)
+                self._cached[split, batch_size] = ResidentLoader(*found, **share)
             return self._cached[split, batch_size]
         if self.args.loader == "dali":
             from gpu_etl.load.dali import DaliLoader
 
-            return DaliLoader(*found, ahead=self.args.prefetch)
-        return CpuLoader(*found, ahead=self.args.prefetch)
+            return DaliLoader(*found, **share)
+        return CpuLoader(*found, **share)
 
     def test(self, split: str) -> Metrics:
         """Exact metrics on a split."""
