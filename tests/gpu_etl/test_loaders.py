@@ -205,6 +205,14 @@ def test_any_number_of_batches_ahead(source, kind, ahead, monkeypatch):
         assert torch.equal(a.sparse, b.sparse)
 
 
+@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("buffer", [0, 3000])
+def test_a_rank_without_rows_in_the_last_batch_takes_the_step_all_the_same(source, kind, buffer, monkeypatch):
+    monkeypatch.setattr("gpu_etl.load.order.UNIT_ROWS", 0)  # so that the empty share is read by itself
+    found = list(kind(source, 2499, torch.device("cpu"), True, buffer=buffer, rank=0, world=2000).batches())
+    assert [batch.dense.shape for batch in found] == [(1, 13), (1, 13), (0, 13)]
+
+
 def test_a_slot_filled_too_early_is_an_error():
     slot = loader.Slot(pinned=False)
     slot.take()
