@@ -25,6 +25,7 @@ from gpu_etl.errors import DataError
 from gpu_etl.load.cpu import CpuLoader
 from gpu_etl.load.dataset import DataSet, open_dataset
 from gpu_etl.load.raw import RawDay
+from gpu_etl.load.resident import ResidentLoader
 from gpu_etl.load.scores import ScoreWriter
 from gpu_etl.schema import split_file
 from model import checkpoint, flags, inference
@@ -92,20 +93,27 @@ class Session:
         mlps, tables = flags.optimizers(args)
         with self.device:
             model = DLRM(config, args.use_embedding_ext, tables, flags.storage(args))
-        self.loader = self.load("train", args.batch_size, args.shuffle_batch_order, args.seed)
+        self._cached: dict[tuple[str, int], ResidentLoader] = {}
+        order = args.shuffle_batch_order, args.seed, args.shuffle_buffer_size
+        self.loader = self.load("train", args.batch_size, *order)
         schedule, precision = flags.schedule(args, len(self.loader)), flags.precision(args, self.device)
         self.trainer = Trainer(model, schedule, precision, mlps, (args.embedding_lr or args.lr) / args.lr)
         if args.cuda_graphs:
             self.trainer.use_cuda_graphs()
 
-    def load(self, split: str, batch_size: int, *order):
-        """A loader of the split; of the test split where there is none of that name."""
-        source = self.data.splits.get(split, self.data.splits["test"])
+    def load(self, split: str, batch_size: int, *order, **share):
+        """A loader of the split; of the test split where there is none of that name. share: rank and world."""
+        split = split if split in self.data.splits else "test"
+        found, share = (self.data.splits[split], batch_size, self.device, *order), {"ahead": self.args.prefetch} | share
+        if self.args.cache == "device":
+            if (split, batch_size) not in self._cached:
+                self._cached[split, batch_size] = ResidentLoader(*found, **share)
+            return self._cached[split, batch_size]
         if self.args.loader == "dali":
             from gpu_etl.load.dali import DaliLoader
 
-            return DaliLoader(source, batch_size, self.device, *order)
-        return CpuLoader(source, batch_size, self.device, *order)
+            return DaliLoader(*found, **share)
+        return CpuLoader(*found, **share)
 
     def test(self, split: str) -> Metrics:
         """Exact metrics on a split."""
@@ -118,14 +126,15 @@ class Session:
         name = split_file("train")
         digest = manifest.files.get(name, {}).get("sha256") if manifest else None
         return {"rows": self.data.splits["train"].rows, "sha256": digest, "batch_size": args.batch_size,
-                "seed": args.seed, "shuffle_batch_order": args.shuffle_batch_order}  # fmt: skip
+                "seed": args.seed, "shuffle_batch_order": args.shuffle_batch_order,
+                "shuffle_buffer_size": args.shuffle_buffer_size}  # fmt: skip
 
 
 def train(session: Session) -> dict:
     """Train as the flags say, then test; returns what happened."""
     args, trainer, loader = session.args, session.trainer, session.loader
     rows = session.data.splits["train"].rows
-    say(f"device {session.device}, {trainer.precision}; {rows:,} rows, {len(loader):,} steps an epoch")
+    say(f"device {session.device}, {trainer.precision}; {rows:,} rows, {len(loader):,} steps an epoch; {loader}")
     if trainer.precision.autocast not in (None, trainer.matrices):
         say(f"matrix products in {trainer.matrices}: this CPU does them faster than {trainer.precision.autocast}")
     if "val" not in session.data.splits:

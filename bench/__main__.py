@@ -6,7 +6,7 @@
     python -m bench slab          the encoder's functions one by one, CPU or GPU, beside pandas or cuDF
     python -m bench kernels       the encoder's GPU kernels compiled: registers, spills, bytes moved
     python -m bench step_kernels  the training step's GPU kernels: machine code, least time predicted, time on a GPU
-    python -m bench load          data set -> batches: plain loader, DALI, per-row DataLoader
+    python -m bench load          data set -> batches: our loaders, DALI, DataLoaders; alone and with the training step
     python -m bench train         the training step, beside the machine's limits, FBGEMM's TBE and torch's EmbeddingBag
 """
 

@@ -30,6 +30,7 @@ step etl "$PY" -m bench etl --rows "$ROWS" --repeat 3 --device "$DEVICE"
 for dtype in float32 bfloat16; do
     step "step_kernels_$dtype" "$PY" -m bench step_kernels --model_config mlperf_10m.limit --embedding_dtype "$dtype"
 done
+step load "$PY" -m bench load --rows "$ROWS" --device "$DEVICE" --png "$OUT/load.png"
 step train "$PY" -m bench train --device "$DEVICE" --batch_size 2048 16384 65536 --seconds "$SECONDS_EACH"
 step learn "$PY" train.py --dataset "$DATA/cpu" @criteo_kaggle --shuffle_batch_order --device "$DEVICE"
 exit $failed

@@ -104,16 +104,29 @@ def _add_data_flags(group) -> None:
         "If the data set has a manifest, the table sizes are taken from it",
     )  # fmt: skip
     group.add_argument(
-        "--dataset_type", default="auto", choices=("auto", "memmap", "bin", "dist", "dle"),
+        "--dataset_type", default="auto", choices=("auto", "memmap", "bin", "dist", "dle", "torchrec"),
         help="memmap, bin: files of 160-byte records; dist, dle: split files of MLPerf v0.7 and DeepLearningExamples; "
-        "auto: whatever is there (default)",
+        "torchrec: day_D_{dense,sparse,labels}.npy; auto: whatever is there (default)",
     )  # fmt: skip
     group.add_argument("--loader", default="cpu", choices=("cpu", "dali"), help="who reads batches (default: cpu)")
+    group.add_argument(
+        "--cache", default="none", choices=("none", "device"),
+        help="device: keep whole splits in the memory of the device that trains, 160 B a row (default: none)",
+    )  # fmt: skip
+    group.add_argument(
+        "--prefetch", type=_count(1), default=2, metavar="N",
+        help="batches read ahead; where they are small, groups of 32,768 rows (default: 2)",
+    )  # fmt: skip
     group.add_argument("--batch_size", type=_count(1), default=16384, metavar="N", help="default: 16384")
     group.add_argument("--test_batch_size", type=_count(1), default=131072, metavar="N", help="default: 131072")
     group.add_argument(
         "--shuffle_batch_order", "--shuffle", action=_Boolean, default=True,
         help="new order of batches in every epoch (default: true)",
+    )  # fmt: skip
+    group.add_argument(
+        "--shuffle_buffer_size", type=_count(0), default=0, metavar="ROWS",
+        help="in every epoch, let rows of batches that follow one another change places within so many rows, rounded "
+        "up to whole batches; takes 160 B a row, some times over (default: 0, batches keep their rows)",
     )  # fmt: skip
 
 

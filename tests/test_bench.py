@@ -21,9 +21,12 @@ SMALL = {
     "quickstart": ["--rows", "6000"],
     "etl": ["--rows", "3000"],
     "slab": ["--rows", "2000", "--repeat", "1"],
-    "load": ["--rows", "5000", "--batch_size", "1000", "--repeat", "1"],
+    "load": [
+        "--rows", "5000", "--batch_size", "1000", "5000", "--repeat", "1", "--seconds", "0.01", "--steps", "2",
+        "--step_batch_size", "64", "--model_config", "MODEL", "--png", "PNG",
+    ],
     "step_kernels": ["--model_config", "MODEL", "--batch_size", "64", "--capability", "8.0"],
-    "train": ["--model_config", "MODEL", "--quick", "--plot", "PLOT"],
+    "train": ["--model_config", "MODEL", "--quick", "--plot", "PNG"],
 }
 
 
@@ -37,7 +40,7 @@ def test_last_line_is_json_with_the_machine(name, tmp_path):
         "top_mlp_sizes": [8, 1], "embedding_dim": 8,
     }))  # fmt: skip
     plot = tmp_path / "plot.png"
-    words = [word.replace("MODEL", str(model)).replace("PLOT", str(plot)) for word in SMALL[name]]
+    words = [word.replace("MODEL", str(model)).replace("PNG", str(plot)) for word in SMALL[name]]
     if name == "quickstart":
         words += ["--out", str(tmp_path / "out")]
     done = subprocess.run([sys.executable, "-m", "bench", name, *words], cwd=ROOT, capture_output=True, text=True)
@@ -53,6 +56,10 @@ def test_last_line_is_json_with_the_machine(name, tmp_path):
             "feed", "MLPs", "look-up + interaction", "update of the tables", "update of the MLPs"
         }  # fmt: skip
         assert min(parts.values()) > 0 and set(first["share_of_limit"]) == {"operations", "bytes"}
+    if name == "load":
+        assert plot.read_bytes().startswith(b"\x89PNG")
+        counts = [len(found["loaders"]) for found in (*result["page_cache"], result["disk"], result["training"])]
+        assert counts == [9, 9, 6, 7] and "data wait share" in done.stderr
 
 
 def test_the_polars_peer_does_the_same_work(tmp_path):

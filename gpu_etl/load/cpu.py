@@ -1,29 +1,60 @@
-"""The plain loader: memory-mapped blocks of rows, unpacked by NumPy, one block a batch."""
+"""The plain loader: blocks of rows read into memory of its own, on a GPU's behalf pinned and moved on a side stream."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import cycle
 
 import torch
 
-from gpu_etl.load.batch import Batch, batch_ranges, make_batch
-from gpu_etl.load.dataset import Source
+from gpu_etl.load.batch import Batch
+from gpu_etl.load.loader import BlockReader, Loader, Unpacking, unpacked
+from gpu_etl.load.order import Unit
+from gpu_etl.load.unpack import CHUNK_ROWS, Unpacker, empty_block
+
+SLOTS = 3  # one is read into, one moves, one waits for the thread
 
 
-class CpuLoader:
-    """Batches of a split. len() is the number of batches in an epoch, the short last one included."""
+class CpuLoader(Loader):
+    """Batches of a split, as loader.Loader says."""
 
-    def __init__(self, source: Source, batch_size: int, device: torch.device, shuffle: bool = False, seed: int = 0):
-        self.source, self.batch_size, self.device = source, batch_size, device
-        self.shuffle, self.seed = shuffle, seed
+    name = "plain"
 
-    def __len__(self) -> int:
-        return -(-self.source.rows // self.batch_size)
+    def _made(self, epoch: int, start: int) -> Iterator[tuple[Sequence[int], Batch]]:
+        units = self.order.units(epoch, start)
+        if self._stream:
+            return self._moved(units)
+        return self._in_chunks(units) if self.order.window == 1 else self._in_windows(units)
 
-    def ranges(self, epoch: int, start: int) -> list[tuple[int, int]]:
-        """Row ranges of the batches from number `start` of `epoch` on."""
-        return batch_ranges(self.source.rows, self.batch_size, self.shuffle, self.seed, epoch)[start:]
+    def _in_chunks(self, units: Iterator[Unit]) -> Iterator[tuple[Sequence[int], Batch]]:
+        """On the CPU: few rows at a time are read and unpacked, so that they stay within the processor's cache."""
+        unpacker = Unpacker(self.source.floats, self.source.logged)
+        chunk = empty_block(CHUNK_ROWS).numpy()
+        for unit in units:
+            whole, done = self._memory.empty_batch(sum(unit.sizes)), 0
+            for begin, end in unit.reads:
+                for low in range(begin, end, CHUNK_ROWS):
+                    rows = chunk[: min(CHUNK_ROWS, end - low)]
+                    self.source.read_into(low, low + len(rows), rows)
+                    unpacker.into(whole, done, done + len(rows), rows)
+                    done += len(rows)
+            yield unit.sizes, whole
 
-    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
-        """The batches from number `start` of `epoch` on: the position to resume at is just these two numbers."""
-        for begin, end in self.ranges(epoch, start):
-            columns = map(torch.from_numpy, self.source.columns(begin, end))
-            yield make_batch(*columns, logged=self.source.logged).to(self.device)
+    def _in_windows(self, units: Iterator[Unit]) -> Iterator[tuple[Sequence[int], Batch]]:
+        """On the CPU, rows from all over a window."""
+        reader, unpacking = BlockReader(self.source), Unpacking(self.source, self._memory)
+        for unit in units:
+            block = self._memory.empty_block(unit.rows_read).numpy()
+            reader.read(unit, block)
+            yield from unpacking.batches(unit, block, unit.picks)
+            del block
+
+    def _moved(self, units: Iterator[Unit]) -> Iterator[tuple[Sequence[int], Batch]]:
+        """On a GPU: the packed rows move as they are, and are unpacked there."""
+        reader = BlockReader(self.source)
+        with self._slots(SLOTS) as slots:
+            for unit, slot in zip(units, cycle(slots), strict=False):
+                slot.take()
+                block, picks = slot.fill(unit, reader)
+                with torch.cuda.stream(self._stream):
+                    whole = unpacked(block.to(self.device, non_blocking=True), picks, self.source)
+                    slot.give_back(self._stream.record_event())
+                yield unit.sizes, whole

@@ -1,60 +1,86 @@
-"""The DALI loader: an NVIDIA DALI pipeline reads blocks ahead and unpacks them; the same batches as load/cpu.py.
+"""The DALI loader: an NVIDIA DALI pipeline moves blocks to the device; the same batches as load/cpu.py.
 
-One DALI sample is one block of rows, [B, 40] of records or the three arrays of a split form: with a row as the sample,
-the overhead per sample would be ten times the work. The logarithm is left to the same function that the plain loader
-calls, so that the batches agree bit for bit.
+One DALI sample is one unit of packed rows, int32 [n, 40], in memory that the reader filled and that DALI takes as it is
+(no_copy): with a row as the sample, the overhead per sample would be ten times the work. On a GPU the pipeline copies
+it on a stream of its own, ahead of what is asked for, and hands it to torch by DLPack on the loader's stream: no step
+waits on the host. Without a GPU the same pipeline runs on the CPU and hands the block through. Unpacking is left to the
+functions that the plain loader calls, so that the batches agree bit for bit.
 """
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
-from gpu_etl.load.batch import Batch, make_batch
-from gpu_etl.load.cpu import CpuLoader
-from gpu_etl.load.dataset import RecordFile
-from gpu_etl.schema import FIRST_DENSE, FIRST_SPARSE
+from gpu_etl.load.batch import Batch
+from gpu_etl.load.loader import BlockReader, Loader, Slot, Unpacking, unpacked
+from gpu_etl.load.order import Unit
 
 THREADS = 2
 
 
 @pipeline_def
-def _unpack(blocks: Iterator):
-    block = fn.external_source(source=blocks, batch=True, dtype=types.INT32, ndim=2)
-    dense = fn.cast(block[:, FIRST_DENSE:FIRST_SPARSE], dtype=types.FLOAT)
-    return dense, block[:, FIRST_SPARSE:], fn.cast(block[:, 0], dtype=types.FLOAT)
+def _pass_on(blocks: Iterator, to_gpu: bool):
+    block = fn.external_source(source=blocks, batch=True, no_copy=True, dtype=types.INT32, ndim=2)
+    return block.gpu() if to_gpu else block
 
 
-@pipeline_def
-def _pass_on(blocks: Iterator):
-    dtypes = [types.FLOAT, types.INT32, types.FLOAT]
-    return tuple(fn.external_source(source=blocks, num_outputs=3, batch=True, dtype=dtypes, ndim=[2, 2, 1]))
+class DaliLoader(Loader):
+    """Same interface and batches as CpuLoader."""
 
+    name = "DALI"
 
-class DaliLoader(CpuLoader):
-    """Same interface and batches as CpuLoader; `prefetch` blocks are read and unpacked ahead.
+    def __str__(self) -> str:
+        return super().__str__() + ("" if self._stream else ", by DALI's CPU pipeline")
 
-    The pipeline runs on the CPU and its batches move to `device` one by one.
-    """
-
-    prefetch = 2
-
-    def _pipeline(self, ranges: list[tuple[int, int]]):
-        settings = {"batch_size": 1, "num_threads": THREADS, "device_id": None, "prefetch_queue_depth": self.prefetch}
-        if isinstance(self.source, RecordFile):
-            return _unpack(([self.source.read(begin, end)] for begin, end in ranges), **settings)
-        columns = (self.source.columns(begin, end) for begin, end in ranges)
-        return _pass_on((tuple([array] for array in arrays) for arrays in columns), **settings)
-
-    def batches(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
-        """The batches from number `start` of `epoch` on."""
-        pipeline = self._pipeline(self.ranges(epoch, start))
-        pipeline.build()
-        while True:
+    def _made(self, epoch: int, start: int) -> Iterator[tuple[Sequence[int], Batch]]:
+        # The pipeline holds self.ahead blocks; the one it gave out last may still be copied when the next is filled.
+        with self._slots(self.ahead + 1) as slots:
+            free, fed = deque(slots), deque()
+            pipeline = _pass_on(
+                self._filled(self.order.units(epoch, start), free, fed), self._stream is not None, batch_size=1,
+                num_threads=THREADS, device_id=self.device.index, prefetch_queue_depth=self.ahead,
+            )  # fmt: skip
+            make, ended = self._on_gpu if self._stream else self._on_cpu(), False
             try:
-                outputs = pipeline.run()
-            except StopIteration:
-                return
-            # DALI takes its buffers back with the next run; a batch must outlive it.
-            columns = (torch.from_dlpack(output[0]).clone() for output in outputs)
-            yield make_batch(*columns, logged=self.source.logged).to(self.device)
+                while True:
+                    try:
+                        (output,) = pipeline.run(self._stream)
+                    except StopIteration:
+                        ended = True
+                        return
+                    unit, slot, picks = fed.popleft()
+                    yield from make(unit, slot, picks, output)
+                    free.append(slot)
+            finally:
+                if self._stream:  # slots outlive the copies out of them: where this ends early, all that are under way
+                    (self._stream if ended else torch.cuda).synchronize()
+
+    def _filled(self, units: Iterator[Unit], free: deque[Slot], fed: deque) -> Iterator[list]:
+        """What DALI takes in: a batch of one sample, the block of a unit. Notes in `fed` which slot holds it."""
+        reader = BlockReader(self.source)
+        for unit in units:
+            slot = free.popleft()
+            slot.take()
+            block, picks = slot.fill(unit, reader)
+            fed.append((unit, slot, picks))
+            yield [block.numpy()]
+
+    def _on_gpu(self, unit: Unit, slot: Slot, picks: torch.Tensor | None, output):
+        with torch.cuda.stream(self._stream):
+            block = torch.from_dlpack(output[0])
+            whole = unpacked(block, picks, self.source)
+            # The loader's stream has waited for DALI's copy: past this event, nobody reads the slot or the block.
+            slot.give_back(self._stream.record_event(), block)
+        yield unit.sizes, whole
+
+    def _on_cpu(self):
+        unpacking = Unpacking(self.source, self._memory)
+
+        def make(unit: Unit, slot: Slot, picks: torch.Tensor | None, output):
+            block = torch.from_dlpack(output[0]).numpy()
+            yield from unpacking.batches(unit, block, None if picks is None else picks.numpy())
+            slot.give_back()
+
+        return make
