@@ -135,29 +135,29 @@ class Memory:
     """
 
     def __init__(self):
-        self._spare: deque[np.ndarray] = deque(maxlen=SPARES)
+        self._spare = {width: deque[np.ndarray](maxlen=SPARES) for width in (1, DENSE, SPARSE, COLUMNS)}
 
-    def _words(self, count: int) -> torch.Tensor:
+    def _empty(self, rows: int, width: int, dtype: type) -> torch.Tensor:
+        """[rows, width] of a type of 32 bits."""
+        spare = self._spare[width]
         try:
-            memory = self._spare.pop()
+            memory = spare.pop()
         except IndexError:
-            memory = np.empty(0, np.int32)
-        if len(memory) < count:
-            memory = np.empty(count, np.int32)
-        owner = memory[:count]  # lives as long as any tensor made of it
-        weakref.finalize(owner, self._spare.append, memory).atexit = False
-        return torch.from_numpy(owner)
+            memory = np.empty(0, dtype)
+        if len(memory) < rows * width:
+            memory = np.empty(rows * width, dtype)
+        owner = memory[: rows * width]  # lives as long as any tensor made of it
+        weakref.finalize(owner, spare.append, memory).atexit = False
+        return torch.from_numpy(owner).view(rows, width)
 
     def empty_block(self, rows: int) -> torch.Tensor:
         """Packed rows, int32 [rows, 40], whose contents are undefined."""
-        return self._words(rows * COLUMNS).view(rows, COLUMNS)
+        return self._empty(rows, COLUMNS, np.int32)
 
     def empty_batch(self, rows: int) -> Batch:
         """A batch whose contents are undefined."""
-        dense, sparse, label = self._words(rows * COLUMNS).split((rows * DENSE, rows * SPARSE, rows))
-        return Batch(
-            dense.view(torch.float32).view(rows, DENSE), sparse.view(rows, SPARSE), label.view(torch.float32)
-        )
+        dense, sparse = self._empty(rows, DENSE, np.float32), self._empty(rows, SPARSE, np.int32)
+        return Batch(dense, sparse, self._empty(rows, 1, np.float32).view(-1))
 
 
 def empty_block(rows: int, pinned: bool = False) -> torch.Tensor:

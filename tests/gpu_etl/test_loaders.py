@@ -155,17 +155,25 @@ def test_every_log_in_the_table_and_around_it_is_torchs():
     assert torch.equal(found.dense.view(-1), expected)
 
 
+@pytest.mark.parametrize("kind", LOADERS)
+def test_batches_can_be_saved(source, kind, tmp_path):
+    batch = next(kind(source, 40, torch.device("cpu")).batches())
+    torch.save(tuple(batch), tmp_path / "batch.pt")
+    for a, b in zip(torch.load(tmp_path / "batch.pt", weights_only=True), batch, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_memory_is_used_again_only_when_nobody_holds_the_batch():
     memory = Memory()
     batch = memory.empty_batch(10)
-    place = batch.dense.data_ptr()
-    label = batch.label[3:5].numpy()
+    place = batch.sparse.data_ptr()
+    part = batch.sparse[3:5].numpy()
     del batch
     gc.collect()
-    assert memory.empty_batch(10).dense.data_ptr() != place and len(label) == 2
-    del label
+    assert memory.empty_batch(10).sparse.data_ptr() != place and len(part) == 2
+    del part
     gc.collect()
-    assert memory.empty_batch(10).dense.data_ptr() == place
+    assert place in [memory.empty_batch(rows).sparse.data_ptr() for rows in (10, 7)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
