@@ -6,6 +6,7 @@ Ids are drawn by a power law, as popular as those of the synthetic days; every s
 """
 
 import argparse
+import gc
 import statistics
 import tempfile
 import time
@@ -123,6 +124,7 @@ def endless(loader: CpuLoader):
 
 def measure_one(config: ModelConfig, rows: int, precision: Precision, device: torch.device, seconds: float) -> dict:
     """Figures of all trainers by name, at one batch size and precision; a few steps of each in turns."""
+    gc.collect()  # trainers refer to themselves, and hold gigabytes
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "records.bin"
         write_records(path, config.categorical_feature_sizes, BATCHES * rows)
