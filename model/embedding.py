@@ -6,11 +6,23 @@ learning rate is read from the scalar tensor `lr`, the number of the step (from 
 `loss_scale` first.
 """
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from model.optimizers import Optimizer
+
+DRAWN_AT_ONCE = 1 << 22  # numbers; another number would be other initial weights on a GPU
+
+def initial_rows(size: int, dim: int, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first row, rows float32 [n, D]) of a new table's U(+-sqrt(1/size)), block by block: whoever holds a part of a
+    table draws all of it in the same blocks and gets the same numbers. Valid until the next block."""
+    bound, block = size**-0.5, max(1, DRAWN_AT_ONCE // dim)
+    room = torch.empty(min(size, block), dim, device=device)
+    for begin in range(0, size, block):
+        yield begin, room[: size - begin].uniform_(-bound, bound)
 
 
 class _Lookup(torch.autograd.Function):
@@ -28,24 +40,28 @@ class _Lookup(torch.autograd.Function):
 
 
 class _Tables(nn.Module):
-    """T tables stacked into one weight [sum of sizes, D], and the shift from ids to its rows."""
+    """T tables stacked into one weight [sum of sizes, D], and the shift from ids to its rows. draw: False leaves the
+    weight zero."""
 
-    def __init__(self, sizes: tuple[int, ...], dim: int, hash_indices: bool, optimizer: Optimizer = Optimizer()):  # noqa: B008
+    def __init__(
+        self, sizes: tuple[int, ...], dim: int, hash_indices: bool, optimizer: Optimizer = Optimizer(),  # noqa: B008
+        draw: bool = True,
+    ):  # fmt: skip
         super().__init__()
         self.optimizer, self._rule = optimizer, optimizer.table_rule()
         self.step, self.loss_scale = 0, 1.0
         self.sizes, self.dim, self.hash_indices = tuple(sizes), dim, hash_indices
-        self.weight = nn.Parameter(torch.empty(sum(sizes), dim))
+        self.weight = nn.Parameter(torch.zeros(sum(sizes), dim))
         begins = torch.tensor([0, *sizes]).cumsum(0)
         self.register_buffer("begins", begins[:-1].clone(), persistent=False)
         self.register_buffer("limits", torch.tensor(sizes), persistent=False)
         self.register_buffer("lr", torch.zeros(()), persistent=False)
         for name, tensor in optimizer.table_state(sum(sizes), dim).items():
             self.register_buffer(f"state_{name}", tensor.to(self.weight.device), persistent=False)
-        with torch.no_grad():
+        if draw:
             for table in self.tables():
-                bound = len(table) ** -0.5
-                table.uniform_(-bound, bound)
+                for begin, rows in initial_rows(len(table), dim, table.device):
+                    table[begin : begin + len(rows)] = rows
 
     def tables(self) -> tuple[torch.Tensor, ...]:
         """Views [size, D] of the single tables."""

@@ -63,6 +63,22 @@ class Trainer:
         with torch.autocast(self.device.type, autocast, enabled=autocast is not None):
             return self.model(batch.dense, batch.sparse)
 
+    def loss(self, batch) -> torch.Tensor:
+        """Mean loss of a batch, a scalar: what backward starts from."""
+        return F.binary_cross_entropy_with_logits(self.logits(batch), batch.label)
+
+    def rows(self, batch) -> int:
+        """Rows that a step on this batch trains on."""
+        return len(batch.label)
+
+    def whole_losses(self, losses: torch.Tensor) -> torch.Tensor:
+        """What step() returned for some steps, float32 [n] -> the mean losses of their batches."""
+        return losses
+
+    def measure(self, logits: torch.Tensor, labels: torch.Tensor) -> Metrics:
+        """Metrics of logits [N] against labels [N]."""
+        return measure(logits, labels)
+
     def step(self, batch) -> torch.Tensor:
         """Train on one batch; returns its mean loss, a scalar tensor on the device."""
         self.steps += 1
@@ -72,7 +88,7 @@ class Trainer:
         embedding.lr.fill_(lr * self._table_lr)
         embedding.step, embedding.loss_scale = self.steps, scale
         with self.clock.part("forward"):
-            loss = F.binary_cross_entropy_with_logits(self.logits(batch), batch.label)
+            loss = self.loss(batch)
         with self.clock.part("backward, tables"):
             (loss * scale).backward()
         with self.clock.part("update of the MLPs"):
@@ -87,7 +103,7 @@ class Trainer:
         """Exact metrics over `total` batches. Memory: 8 B a row."""
         bar = tqdm(batches, total=total, desc=name, unit="batch", file=sys.stderr, leave=False)
         scored = [(self.logits(batch), batch.label) for batch in bar]
-        return measure(torch.cat([s for s, _ in scored]), torch.cat([label for _, label in scored]))
+        return self.measure(torch.cat([s for s, _ in scored]), torch.cat([label for _, label in scored]))
 
 
 @dataclass(frozen=True)
@@ -174,7 +190,7 @@ class Loop:
             if batch is None:
                 break
             self._losses.append(self.trainer.step(batch))
-            self.progress.samples += len(batch.label)
+            self.progress.samples += self.trainer.rows(batch)
             bar.update()
             pause = self._due(total)
             if pause:
@@ -227,7 +243,7 @@ class Loop:
         """Look at the losses since the last time, all at once: each look waits for the device."""
         if not self._losses:
             return
-        losses = torch.stack(self._losses).cpu()
+        losses = self.trainer.whole_losses(torch.stack(self._losses)).cpu()
         self._losses = []
         self._last_loss = losses[-1].item()
         bad = (~losses.isfinite()).nonzero()

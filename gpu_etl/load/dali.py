@@ -48,7 +48,7 @@ class DaliLoader(CpuLoader):
 
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """The batches from number `start` of `epoch` on."""
-        pipeline = self._pipeline(self.ranges(epoch, start))
+        pipeline = self._pipeline(self.rank_ranges(epoch, start))
         pipeline.build()
         while True:
             try:
