@@ -4,12 +4,17 @@
     tables.safetensors     table_00 ... table_25, float32 [rows, D]; slices of rows can be read without the rest
     optimizer.safetensors  mlps.<number>.<name>, and table_00.<name> ...: what the optimisers remember; none for SGD
     state.json             model configuration, optimisers, steps done, size and CRC-32 of each file, the run's state
+
+Many ranks (ranks.Ranks) write side by side, each the pieces that it holds: tables.<rank>.safetensors and
+optimizer.<rank>.safetensors; a piece of a table is called table_03[1000:2000,0:64], by its rows and columns. Any number
+of ranks reads what any other wrote, a process alone included.
 """
 
 import json
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,9 +25,11 @@ from safetensors.torch import load_file, save_file
 from model.config import ConfigError, ModelConfig
 from model.dlrm import DLRM
 
-MLPS, TABLES, OPTIMIZER, STATE = "mlps.safetensors", "tables.safetensors", "optimizer.safetensors", "state.json"
+MLPS, STATE = "mlps.safetensors", "state.json"
 VERSION = 2
 BLOCK = 1 << 20
+READ_ROWS = 1 << 18  # of a table at a time, so that reading it needs no second copy
+PIECE = re.compile(r"table_(\d+)(?:\[(\d+):(\d+),(\d+):(\d+)\])?(?:\.(\w+))?")
 STEP_FOLDER = re.compile(r"step_(\d+)")
 
 
@@ -30,24 +37,59 @@ class CheckpointError(ConfigError):
     """A checkpoint that is missing, damaged, or belongs to something else."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """A part of a table in memory: its place, its weight [rows, columns], and what the optimiser remembers of it,
+    [rows] or [rows, columns]; views."""
+
+    table: int
+    rows: slice
+    columns: slice
+    weight: torch.Tensor
+    state: dict[str, torch.Tensor]
+
+
+def _parts(embedding) -> list[Part]:
+    """What this process holds of the tables."""
+    if hasattr(embedding, "parts"):
+        pieces = [piece for held in embedding.parts() for piece in held]
+        return [Part(p.table, slice(p.begin, p.end), slice(p.left, p.right), *more) for p, *more in pieces]
+    states = {name: tensor.split(embedding.sizes) for name, tensor in embedding.state().items()}
+    return [
+        Part(t, slice(0, len(table)), slice(0, table.shape[1]), table, {name: s[t] for name, s in states.items()})
+        for t, table in enumerate(embedding.tables())
+    ]
+
+
+def _name(part: Part, config: ModelConfig) -> str:
+    rows, columns = part.rows, part.columns
+    if (rows, columns) == (slice(0, config.categorical_feature_sizes[part.table]), slice(0, config.embedding_dim)):
+        return f"table_{part.table:02}"
+    return f"table_{part.table:02}[{rows.start}:{rows.stop},{columns.start}:{columns.stop}]"
+
+
 def _mlp_tensors(model: DLRM) -> dict[str, torch.Tensor]:
     wanted = ("bottom.", "interaction.", "top.")
     return {name: tensor for name, tensor in model.state_dict().items() if name.startswith(wanted)}
 
 
-def _table_state(model: DLRM) -> dict[str, torch.Tensor]:
-    """The table optimiser's tensors by table: views."""
-    return {
-        f"table_{t:02}.{name}": part
-        for name, tensor in model.embedding.state().items()
-        for t, part in enumerate(tensor.split(model.embedding.sizes))
-    }
-
-
-def _optimizer_tensors(trainer) -> dict[str, torch.Tensor]:
+def _files(trainer, rank: int, world: int) -> dict[str, dict[str, torch.Tensor]]:
+    """The files that a rank writes, and their tensors; what all ranks hold is rank 0's to write."""
+    model, mine = trainer.model, f".{rank}" if world > 1 else ""
+    parts = [part for part in _parts(model.embedding) if rank == 0 or not _on_every_rank(model.embedding, part.table)]
+    tables = {_name(part, model.config): part.weight for part in parts}
+    memory = {f"{_name(part, model.config)}.{key}": t.contiguous() for part in parts for key, t in part.state.items()}
+    files = {f"tables{mine}.safetensors": tables, f"optimizer{mine}.safetensors": memory}
+    if rank:
+        return files
     states = trainer.optimizer.state_dict()["state"].items()
-    mlps = {f"mlps.{i}.{name}": value for i, state in states for name, value in state.items() if value is not None}
-    return mlps | _table_state(trainer.model)
+    mlps = {f"mlps.{i}.{key}": value for i, state in states for key, value in state.items() if value is not None}
+    files[f"optimizer{mine}.safetensors"] = mlps | memory
+    return {MLPS: _mlp_tensors(model), **files}
+
+
+def _on_every_rank(embedding, table: int) -> bool:
+    return hasattr(embedding, "plan") and table in embedding.plan.replicated
 
 
 def _crc32(path: Path) -> str:
@@ -62,33 +104,65 @@ def _describe(path: Path) -> dict:
     return {"bytes": path.stat().st_size, "crc32": _crc32(path)}
 
 
-def save(folder: Path, trainer, state: dict) -> None:
+def save(folder: Path, trainer, state: dict, ranks=None) -> None:
     """Write a checkpoint of an engine.Trainer, whole or not at all: under a temporary name first, then renamed.
 
-    `state` is any JSON object beside the trainer's own. A checkpoint of the same name is replaced. Raises OSError where
-    the disk fails or is full; what was there before stays whole.
+    `state` is any JSON object beside the trainer's own. A checkpoint of the same name is replaced. ranks: all of them
+    write it together, into a folder that all see. Raises OSError (on every rank) where the disk fails or is full; what
+    was there before stays whole.
     """
     folder, model = Path(folder), trainer.model
+    rank, world = (ranks.rank, ranks.world) if ranks else (0, 1)
     temporary = folder.with_name(folder.name + ".part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        save_file(_mlp_tensors(model), temporary / MLPS)
-        save_file({f"table_{t:02}": table for t, table in enumerate(model.embedding.tables())}, temporary / TABLES)
-        save_file({name: t.contiguous() for name, t in _optimizer_tensors(trainer).items()}, temporary / OPTIMIZER)
+
+    def make_folder() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def write() -> dict[str, dict]:
+        if not temporary.is_dir():
+            raise OSError(f"{temporary}: made by rank 0, not seen by rank {rank}: expected a folder that all share")
+        files = _files(trainer, rank, world)
+        for name, tensors in files.items():
+            save_file(tensors, temporary / name)
+            _to_disk(temporary / name)
+        return {name: _describe(temporary / name) for name in files}
+
+    def finish() -> None:
         content = {
             "version": VERSION, "model": model.config.to_json(), "optimizers": trainer.optimizer_names(),
-            "steps": trainer.steps, **state, "files": {p.name: _describe(p) for p in sorted(temporary.iterdir())},
+            "steps": trainer.steps, **state, "files": dict(sorted(described.items())),
         }  # fmt: skip
         (temporary / STATE).write_text(json.dumps(content, indent=1) + "\n")
-        for path in temporary.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
+        _to_disk(temporary / STATE)
         _replace(temporary, folder)
-    except SafetensorError as error:
-        raise OSError(f"{folder}: could not be written ({error})") from error
+
+    try:
+        _together(ranks, folder, make_folder if rank == 0 else None)
+        described = {name: found for files in _together(ranks, folder, write) for name, found in files.items()}
+        _together(ranks, folder, finish if rank == 0 else None)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _together(ranks, folder: Path, action) -> list:
+    """Do `action` (None: nothing) on every rank; returns what it gave on each. Raises OSError on all where one did."""
+    found, error = None, None
+    try:
+        found = action() if action else None
+    except (SafetensorError, OSError) as failed:
+        error = f"{folder}: could not be written ({failed})"
+    answers = ranks.everyone((found, error)) if ranks else [(found, error)]
+    errors = [f"rank {rank}: {error}" if ranks else error for rank, (_, error) in enumerate(answers) if error]
+    if errors:
+        raise OSError(errors[0])
+    return [found for found, _ in answers]
+
+
+def _to_disk(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _replace(temporary: Path, folder: Path) -> None:
@@ -134,16 +208,55 @@ def read_state(folder: Path) -> dict:
     return state
 
 
-def _check_files(folder: Path, state: dict) -> None:
-    for name, expected in state["files"].items():
+def _check_files(folder: Path, state: dict, ranks=None) -> None:
+    rank, world = (ranks.rank, ranks.world) if ranks else (0, 1)
+    for name, expected in list(state["files"].items())[rank::world]:  # many ranks: each looks at some of the files
         path = folder / name
         found = _describe(path) if path.is_file() else "nothing"
         if found != expected:
             raise CheckpointError(f"{path}: damaged (expected {expected}, found {found}); use an earlier checkpoint")
 
 
-def load(folder: Path, model: DLRM) -> dict:
-    """Fill the model with a checkpoint's weights; returns its state.
+class _Stored:
+    """The tensors by table in a checkpoint's files of one kind ("tables", "optimizer"), read in slices."""
+
+    def __init__(self, folder: Path, state: dict, kind: str):
+        names = [name for name in state["files"] if name.partition(".")[0] == kind]
+        self._files = [safe_open(folder / name, "pt") for name in names]
+        self._pieces: dict[tuple[int, str], list] = {}
+        self.others: dict[str, torch.Tensor] = {}
+        for file in self._files:
+            for name in file.keys():  # noqa: SIM118 - safetensors' file is no dict
+                match = PIECE.fullmatch(name)
+                if not match:
+                    self.others[name] = file.get_tensor(name)
+                    continue
+                table, *place, key = match.groups()
+                place = tuple(map(int, place)) if place[0] else (0, None, 0, None)
+                self._pieces.setdefault((int(table), key or ""), []).append((place, file.get_slice(name)))
+
+    def read(self, part: Part, key: str, into: torch.Tensor) -> None:
+        """Fill [rows] or [rows, columns] of a part, from all stored pieces that it meets."""
+        missing = into.numel()
+        for (begin, end, left, right), stored in self._pieces.get((part.table, key), ()):
+            low, high = max(begin, part.rows.start), min(end or part.rows.stop, part.rows.stop)
+            first, last = max(left, part.columns.start), min(right or part.columns.stop, part.columns.stop)
+            for at in range(low, high, READ_ROWS):
+                to = min(at + READ_ROWS, high)
+                block, from_ = into[at - part.rows.start : to - part.rows.start], slice(at - begin, to - begin)
+                if into.dim() == 2 and first < last:
+                    block = block[:, first - part.columns.start : last - part.columns.start]
+                    block.copy_(stored[from_, first - left : last - left])
+                    missing -= block.numel()
+                elif into.dim() == 1:
+                    block.copy_(stored[from_])
+                    missing -= block.numel()
+        if missing:
+            raise RuntimeError(f"{missing} numbers of table {part.table} {key} are not there")
+
+
+def load(folder: Path, model: DLRM, ranks=None) -> dict:
+    """Fill the model (of `ranks`: this one's part of it) with a checkpoint's weights; returns its state.
 
     Raises CheckpointError where it is of another model or damaged, before anything is changed.
     """
@@ -155,18 +268,19 @@ def load(folder: Path, model: DLRM) -> dict:
         keys = [key for key in ours if ours[key] != theirs[key]]
         different = "; ".join(f"{key} {theirs[key]} there, {ours[key]} here" for key in keys)
         raise CheckpointError(f"--ckpt {folder}: made with another model: {different}")
-    _check_files(folder, state)
+    _check_files(folder, state, ranks)
     try:
         model.load_state_dict(load_file(folder / MLPS), strict=False)
-        with safe_open(folder / TABLES, "pt") as tables, torch.no_grad():
-            for t, table in enumerate(model.embedding.tables()):
-                table.copy_(tables.get_tensor(f"table_{t:02}"))
+        stored = _Stored(folder, state, "tables")
+        with torch.no_grad():
+            for part in _parts(model.embedding):
+                stored.read(part, "", part.weight)
     except (SafetensorError, OSError, RuntimeError) as error:
         raise CheckpointError(f"--ckpt {folder}: damaged ({error}); use an earlier checkpoint") from error
     return state
 
 
-def restore(folder: Path, trainer) -> dict:
+def restore(folder: Path, trainer, ranks=None) -> dict:
     """Fill an engine.Trainer with a checkpoint, so that it goes on as if it had never stopped; returns the state.
 
     Raises CheckpointError as load() does, and where the optimisers are others.
@@ -176,13 +290,14 @@ def restore(folder: Path, trainer) -> dict:
     if optimizers != trainer.optimizer_names():
         ours = trainer.optimizer_names()
         raise CheckpointError(f"--ckpt {folder}: made with the optimisers {optimizers}, this run has {ours}")
-    state = load(folder, trainer.model)
-    tensors = load_file(folder / OPTIMIZER)
+    state = load(folder, trainer.model, ranks)
+    stored = _Stored(folder, state, "optimizer")
     with torch.no_grad():
-        for name, part in _table_state(trainer.model).items():
-            part.copy_(tensors.pop(name))
+        for part in _parts(trainer.model.embedding):
+            for key, tensor in part.state.items():
+                stored.read(part, key, tensor)
     mlps: dict[int, dict] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in stored.others.items():
         _, number, key = name.split(".")
         mlps.setdefault(int(number), {})[key] = tensor
     trainer.optimizer.load_state_dict(trainer.optimizer.state_dict() | {"state": mlps})

@@ -32,13 +32,24 @@ class Keeper:
         self._options, self._trainer, self._state = options, trainer, state
         self._mark = time.monotonic()
         self.best_auc, self.latest = best_auc, None
-        self.signal: signal.Signals | None = None
+        self._noted: signal.Signals | None = None
+
+    @property
+    def signal(self) -> signal.Signals | None:
+        """The signal that asked to stop."""
+        return self._noted
 
     def _save(self, name: str) -> Path:
         path = self._options.folder / name
-        checkpoint.save(path, self._trainer, {**self._state, "best_auc": self.best_auc})
+        self._write(path, {**self._state, "best_auc": self.best_auc})
         self._mark = time.monotonic()
         return path
+
+    def _write(self, path: Path, state: dict) -> None:
+        checkpoint.save(path, self._trainer, state)
+
+    def _remove(self, path: Path) -> None:
+        checkpoint.remove(path)
 
     def save(self) -> Path:
         """Write a checkpoint now, unless the latest one is of this step; drop those too old to keep."""
@@ -46,15 +57,22 @@ class Keeper:
         if self.latest is None or self.latest.name != name:
             self.latest = self._save(name)
             for _, path in checkpoint.steps_in(self._options.folder)[: -self._options.last]:
-                checkpoint.remove(path)
+                self._remove(path)
         return self.latest
 
     @property
     def due(self) -> bool:
         """Whether a checkpoint is to be written after this step."""
-        steps, minutes = self._options.every_steps, self._options.every_minutes
-        late = minutes and time.monotonic() - self._mark >= 60 * minutes
-        return bool((steps and self._trainer.steps % steps == 0) or late)
+        return self._in_step or self._late
+
+    @property
+    def _in_step(self) -> bool:
+        return bool(self._options.every_steps and self._trainer.steps % self._options.every_steps == 0)
+
+    @property
+    def _late(self) -> bool:
+        minutes = self._options.every_minutes
+        return bool(minutes and time.monotonic() - self._mark >= 60 * minutes)
 
     def tested(self, found: Metrics) -> None:
         """Take note of a validation result; the best one's checkpoint is kept, if asked for."""
@@ -70,12 +88,12 @@ class Keeper:
 
     @contextmanager
     def watch_signals(self):
-        """While this lasts, SIGTERM and the first Ctrl-C only set `signal`; a second Ctrl-C interrupts at once."""
+        """While this lasts, SIGTERM and the first Ctrl-C are only noted; a second Ctrl-C interrupts at once."""
 
         def note(number, _):
-            if self.signal is not None and number == signal.SIGINT:
+            if self._noted is not None and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self.signal = signal.Signals(number)
+            self._noted = signal.Signals(number)
 
         before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
