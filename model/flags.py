@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from model.checkpoint import steps_in
 from model.config import ConfigError, names
 from model.engine import LoopOptions, Precision
 from model.keeper import KeepOptions
@@ -19,7 +20,7 @@ MODES = ("train", "test", "predict", "inference_benchmark", "export")
 TRUE, FALSE = ("true", "t", "1", "yes"), ("false", "f", "0", "no")
 
 
-class _Boolean(argparse.Action):
+class Boolean(argparse.Action):
     """--flag, --noflag, --no-flag, --flag=true, --flag=false: as absl flags are written, and as argparse's are."""
 
     def __init__(self, option_strings, dest, **kwargs):
@@ -110,7 +111,7 @@ def _add_data_flags(group) -> None:
     group.add_argument("--batch_size", type=_count(1), default=16384, metavar="N", help="default: 16384")
     group.add_argument("--test_batch_size", type=_count(1), default=131072, metavar="N", help="default: 131072")
     group.add_argument(
-        "--shuffle_batch_order", "--shuffle", action=_Boolean, default=True,
+        "--shuffle_batch_order", "--shuffle", action=Boolean, default=True,
         help="new order of batches in every epoch (default: true)",
     )  # fmt: skip
 
@@ -153,14 +154,14 @@ def _add_precision_flags(group) -> None:
         "--threads", type=_count(0), default=0, metavar="N",
         help="CPU threads of torch (default: torch's choice, or the checkpoint's: another number, other last bits)",
     )  # fmt: skip
-    group.add_argument("--amp", action=_Boolean, default=False, help="bfloat16 matrix products (default: false)")
+    group.add_argument("--amp", action=Boolean, default=False, help="bfloat16 matrix products (default: false)")
     group.add_argument(
-        "--fp16", action=_Boolean, default=None,
+        "--fp16", action=Boolean, default=None,
         help="float16 matrix products with a static loss scale (default: true on a GPU, false on a CPU)",
     )  # fmt: skip
     group.add_argument("--loss_scale", type=float, default=1024.0, help="for --fp16 (default: 1024)")
     group.add_argument(
-        "--use_embedding_ext", action=_Boolean, default=True,
+        "--use_embedding_ext", action=Boolean, default=True,
         help="embedding update fused into backward; false: torch's sparse gradients (default: true)",
     )  # fmt: skip
     group.add_argument("--seed", type=int, default=0, help="of the initial weights and the order (default: 0)")
@@ -188,16 +189,17 @@ def _add_checkpoint_flags(group) -> None:
     group.add_argument(
         "--output_dir", type=Path, default=Path("runs"), metavar="DIR", help="for checkpoints and --profile_steps"
     )
-    group.add_argument("--save_model", action=_Boolean, default=False, help="write a checkpoint at the end")
+    group.add_argument("--save_model", action=Boolean, default=False, help="write a checkpoint at the end")
     group.add_argument("--save_freq", type=_count(0), default=0, metavar="N", help="write one every N steps")
     group.add_argument("--save_minutes", type=float, default=0.0, metavar="M", help="write one every M minutes")
     group.add_argument("--keep", type=_count(1), default=3, metavar="K", help="of these, keep the last K (default: 3)")
     group.add_argument(
-        "--save_best", action=_Boolean, default=False, help="keep the best one by validation AUC, as OUTPUT_DIR/best"
+        "--save_best", action=Boolean, default=False, help="keep the best one by validation AUC, as OUTPUT_DIR/best"
     )
     group.add_argument(
         "--ckpt", type=Path, metavar="DIR",
-        help="checkpoint to go on from or to use, or a folder of some: then the latest in it",
+        help="checkpoint to go on from or to use, or a folder of some: then the latest in it; auto: the latest in "
+        "--output_dir, or none where there is none yet, so that the same command starts a run and goes on with it",
     )  # fmt: skip
 
 
@@ -207,7 +209,7 @@ def _add_mode_flags(group) -> None:
         help="train; test: score --ckpt on the test split; predict: write the scores of --input; inference_benchmark: "
         "latency and throughput; export: for other programs (default: train)",
     )  # fmt: skip
-    group.add_argument("--test_only", action=_Boolean, default=False, help="as --mode test")
+    group.add_argument("--test_only", action=Boolean, default=False, help="as --mode test")
     group.add_argument(
         "--input", type=Path, metavar="FILE|DIR",
         help="predict: a raw day (its ids come from --dataset), or a data set (default: --dataset), of which the test "
@@ -229,6 +231,9 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("--amp (bfloat16) and --fp16 (float16): choose one")
     if args.test_only:
         args.mode = "test"
+    if args.ckpt == Path("auto"):
+        found = steps_in(args.output_dir)
+        args.ckpt = found[-1][1] if found else None
     if args.mode != "train" and not args.ckpt:
         raise ConfigError(f"--mode {args.mode}: expected --ckpt DIR, the checkpoint to use")
     if args.mode in ("predict", "export") and not args.output:

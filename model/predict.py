@@ -4,7 +4,7 @@ A step of rank r, global batch B on N ranks, b = B / N rows each, W_r the widths
 
     MLPs          6 M b operations (forward 2, backward 4; M: weights), over the matrix rate
     interaction   forward and backward read and write its inputs and outputs, over the memory bandwidth
-    tables        B W_r numbers looked up and written out, gradients read, rows read and written; over the memory bandwidth
+    tables        B W_r numbers looked up and written out, gradients and rows read, rows written; over the bandwidth
     vectors       sent: B W_r (N - 1) / N numbers, received: b sum of W_s of the other ranks; each way, over the link
     all-reduce    2 (N - 1) / N of the MLPs' and the replicated tables' gradients, over the link
 
@@ -93,8 +93,8 @@ def _chain(inputs: int, sizes: tuple[int, ...]) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one rank: gigabytes it holds; milliseconds of a step by part; exposed: of the exchange and the all-reduce, what
-    nothing hides; bytes_sent: a step's vectors, gradients, ids and all-reduce."""
+    """Of one rank: gigabytes it holds; milliseconds of a step by part; exposed: of the exchange and the all-reduce,
+    what nothing hides; bytes_sent: a step's vectors, gradients, ids and all-reduce."""
 
     gigabytes: float
     mlps: float

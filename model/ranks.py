@@ -73,15 +73,16 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", local)
 
 
-def join(backend: str, device: torch.device) -> Ranks:
-    """Find the other processes, as torchrun's environment says; alone where there is none of it."""
+def join(backend: str, device: torch.device, store: dist.Store | None = None) -> Ranks:
+    """Find the other processes, as torchrun's environment says, by its store; alone where there is none of it."""
     if backend == "auto":
         backend = "nccl" if device.type == "cuda" else "gloo"
     if backend == "nccl" and device.type != "cuda":
         raise ConfigError("--backend nccl: works on GPUs only; use --backend gloo, or --device cuda")
     bound = {"device_id": device} if backend == "nccl" else {}
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=PATIENCE, **bound)
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=world, **bound)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **bound)
     ids, control = dist.new_group(backend=backend, timeout=PATIENCE), dist.new_group(backend="gloo", timeout=PATIENCE)

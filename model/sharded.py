@@ -9,7 +9,7 @@ N ranks, global batch B, b the largest local batch (ceil(B / N)), P_d pieces on 
 All shapes follow from B, the plan and the rank, never from the data, so that a full batch's step can sit in a CUDA
 graph. Every piece has one row more than it holds, the spare: ids of other pieces of a table cut by rows, and the
 padding of ranks with fewer rows than b, point there. It is zero at every look-up, and what a step makes of it is thrown
-away; so no mask over the vectors is needed, and no real row is touched that the batch does not have (Adam would move it).
+away; so the vectors need no mask, and no row is touched that the batch does not have (Adam would move it).
 """
 
 from dataclasses import dataclass, field

@@ -2,7 +2,8 @@
 
     python -m model.sharding --model_config mlperf_40m.limit --world 8 --gpu h200 --batch_size 65536
 
-prints the plan and what a step of it costs on machines that need not be here (predict.py has the formulas).
+prints the plan and what a step of it costs on machines that need not be here (placement.py makes plans, predict.py has
+the formulas).
 
 A table is replicated (every rank holds it; its dense gradient is all-reduced), or cut into pieces of rows and columns,
 each on one rank. Whole tables are pieces too, so that one exchange serves all of them (sharded.py). Per step, a piece
@@ -79,6 +80,11 @@ class Plan:
         cut = (("rows", any(p.rows < self.sizes[table] for p in pieces)),
                ("columns", any(p.width < self.dim for p in pieces)))  # fmt: skip
         return "replicated" if not pieces else " and ".join(name for name, is_cut in cut if is_cut) or "whole"
+
+    def kinds(self) -> dict[str, int]:
+        """How many tables are placed how."""
+        found = [self.kind(t) for t in range(len(self.sizes))]
+        return {kind: found.count(kind) for kind in sorted(set(found))}
 
     def to_json(self) -> dict:
         """The JSON object that read_plan reads: by table, with the ranks of each, so that people can edit it."""
@@ -175,6 +181,6 @@ def read_plan(path: Path) -> Plan:
 
 
 if __name__ == "__main__":
-    from model.predict import main
+    from model.placement import main
 
     sys.exit(main())
