@@ -37,6 +37,7 @@ from model.sharding import Plan, read_plan
 from model.watch import Watch
 
 WIRES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STARTED = ".started"  # in --output_dir: this run may go on from the checkpoints there
 MEMORY_SHARE = 0.9  # of what is free, for the plan; the rest is for what it does not know of
 
 
@@ -159,17 +160,23 @@ def prepare(args: argparse.Namespace) -> None:
     """Raise ConfigError for what only one process can do, and settle where a run that is started again goes on."""
     if args.mode not in ("train", "test") and not args.test_only:
         raise ConfigError(f"--mode {args.mode}: works in one process; use train.py, which reads the same checkpoints")
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    if restarts:
-        args.ckpt = Path("auto") if checkpoint.steps_in(args.output_dir) else args.ckpt
-        train.say(f"started again, time {restarts}; latest checkpoint in {args.output_dir} or --ckpt: {args.ckpt}")
+    if int(os.environ.get("RANK", 0)) or not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         return
-    found = checkpoint.steps_in(args.output_dir)
-    if found and not args.ckpt and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+    # A run that is started again must not take an earlier run's checkpoints for its own: the first start leaves a mark.
+    mark, found = args.output_dir / STARTED, checkpoint.steps_in(args.output_dir)
+    restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if restarts and mark.exists():
+        args.ckpt = found[-1][1] if found else args.ckpt
+        train.say(f"started again, time {restarts}")
+        return
+    mark.unlink(missing_ok=True)
+    if found and not args.ckpt:
         raise ConfigError(
             f"--output_dir {args.output_dir}: holds {found[-1][1].name} of an earlier run, which this one would go on "
             "from after a fault; name another folder, or --ckpt auto to go on with that run"
         )
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    mark.touch()
 
 
 def run(args: argparse.Namespace, watch: Watch | None, store: dist.Store | None) -> None:

@@ -6,6 +6,7 @@
     python -m bench kernels       the encoder's GPU kernels compiled: registers, spills, bytes moved
     python -m bench load          data set -> batches: plain loader, DALI, per-row DataLoader
     python -m bench train         the training step, beside torch's EmbeddingBag with sparse gradients
+    python -m bench scaling       the step on 1, 2, 4 ranks: time by part, bytes sent beside the least, efficiency
 """
 
 import argparse
@@ -16,7 +17,7 @@ import sys
 from bench import machine
 from bench.command import BenchError
 
-NAMES = ("quickstart", "kaggle", "etl", "kernels", "load", "train")
+NAMES = ("quickstart", "kaggle", "etl", "kernels", "load", "train", "scaling")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -48,7 +48,8 @@ def make_model(
     )
     with ranks.device:
         model = DLRM(config, table_optimizer=optimizer, make_embedding=embedding)
-    reducer.attach(model.dense_parameters())
+    if ranks.world > 1:
+        reducer.attach(model.dense_parameters())
     # Vectors are sent for before the bottom MLP runs.
     model.register_forward_pre_hook(lambda model, inputs: model.embedding.begin(inputs[1]))
     return model

@@ -20,13 +20,12 @@ WIRES = {"fp32": 4, "bf16": 2, "fp16": 2}
 def make_plan(job: Job, world: int, machine: Machine) -> Plan:
     """The plan with the least predicted time of a step, of those that fit. Raises PlanError where none does."""
     sizes, b = job.config.categorical_feature_sizes, job.batch_size / world
-    most_columns = job.config.embedding_dim // LEAST_WIDTH if job.optimizer in COLUMN_OPTIMIZERS else 1
-    levels = [1 << i for i in range(max(1, most_columns).bit_length()) if 1 << i <= world]
+    levels = [1 << i for i in range(_most_columns(job).bit_length()) if 1 << i <= world]
     best, best_seconds = None, math.inf
     for limit in sorted({0, b * job.wire / 16, b * job.wire / 4} if world > 1 else {0}):
         replicated = tuple(t for t, size in enumerate(sizes) if size < limit)
         for columns in levels:
-            plan = _fit(job, world, machine, replicated, columns, max(1, most_columns))
+            plan = _fit(job, world, machine, replicated, columns)
             if plan and (seconds := step_seconds(plan, job, machine)) < 0.999 * best_seconds:
                 best, best_seconds = plan, seconds
     if best is None:
@@ -34,11 +33,14 @@ def make_plan(job: Job, world: int, machine: Machine) -> Plan:
     return best
 
 
-def _fit(
-    job: Job, world: int, machine: Machine, replicated: tuple[int, ...], columns: int, most_columns: int
-) -> Plan | None:
+def _most_columns(job: Job) -> int:
+    """Into how many pieces a table can be cut by columns."""
+    return max(1, job.config.embedding_dim // LEAST_WIDTH) if job.optimizer in COLUMN_OPTIMIZERS else 1
+
+
+def _fit(job: Job, world: int, machine: Machine, replicated: tuple[int, ...], columns: int) -> Plan | None:
     """Tables cut by columns into `columns` pieces, those that do not fit so into more, then by rows; placed."""
-    config = job.config
+    config, most_columns = job.config, _most_columns(job)
     tables = [t for t in range(len(config.categorical_feature_sizes)) if t not in replicated]
     cuts = {t: (1, columns) for t in tables}
     for _ in range(len(tables) * (world.bit_length() + most_columns.bit_length() + 1)):
@@ -103,12 +105,12 @@ def shortfall(job: Job, world: int, machine: Machine) -> str:
     needed, there = total_bytes(job, world), world * machine.memory
     remedies = []
     for more in range(world + 1, 64 * world + 1):
-        if total_bytes(job, more) * 1.05 <= more * machine.memory:
+        if total_bytes(job, more) <= more * machine.memory and _fit(job, more, machine, (), 1):
             remedies.append(f"{more} ranks")
             break
     for other in ("sgd", "rowwise_adagrad"):
         cheaper = replace(job, optimizer=other)
-        if table_bytes(cheaper, 1, 64) < table_bytes(job, 1, 64) and total_bytes(cheaper, world) * 1.05 <= there:
+        if table_bytes(cheaper, 1, 64) < table_bytes(job, 1, 64) and _fit(cheaper, world, machine, (), 1):
             remedies.append(f"--embedding_optimizer {other}")
     remedies.append("a smaller --batch_size, or smaller tables (python -m gpu_etl encode --min-count)")
     short = f"{(needed - there) / 1e9:.1f} GB short" if needed > there else "no table can be cut so that its pieces fit"

@@ -175,6 +175,9 @@ class ShardedEmbedding(nn.Module):
         pieces = [[p for group in groups for p in group.pieces] for groups in self._groups]
         self._pieces_of, own = [len(found) for found in pieces], pieces[self.ranks.rank]
         self._widths = [sum(p.width for p in found) for found in pieces]
+        self._rows_cut = any(p.rows < self.sizes[p.table] for found in pieces for p in found)
+        # One rank with all tables, whole: no exchange at all.
+        self._direct = own == [Piece(0, t, 0, size, 0, self.dim) for t, size in enumerate(self.sizes)]
         tensors = {
             "columns": torch.tensor([p.table for found in pieces for p in found], dtype=torch.long),
             "limits": torch.tensor(self.sizes, dtype=torch.int32),
@@ -251,6 +254,8 @@ class ShardedEmbedding(nn.Module):
         many on every rank as here."""
         if self.hash_indices:
             sparse = sparse % self._limits
+        if self._direct:
+            return RoutedIds(sparse, sparse, None)
         world = self.plan.world
         padded = len(sparse) if rows is None else -(-rows // world)
         out = sparse.new_full((len(self._columns), padded), PADDING)
@@ -265,6 +270,8 @@ class ShardedEmbedding(nn.Module):
     def begin(self, sparse: torch.Tensor | RoutedIds) -> None:
         """Look up what the ranks ask of the own pieces and send it off. forward() does so itself where nobody did
         before; called before the bottom MLP, the exchange has time to happen."""
+        if self._direct:
+            return
         routed = sparse if isinstance(sparse, RoutedIds) else self.route(sparse)
         ids = routed.wait()
         world, own, padded = ids.shape
@@ -288,6 +295,8 @@ class ShardedEmbedding(nn.Module):
 
     def forward(self, sparse: torch.Tensor | RoutedIds) -> torch.Tensor:
         """ids int32 [b, T], or what route() made of them -> vectors float32 [b, T, D]."""
+        if self._direct:
+            return self.shards[0](sparse.local if isinstance(sparse, RoutedIds) else self.route(sparse).local)
         if self._begun is None or self._begun[0] is not sparse:
             self.begin(sparse)
         _, routed, token, step = self._begun
@@ -295,7 +304,7 @@ class ShardedEmbedding(nn.Module):
         if self.replicas is None:
             return _Receive.apply(token, self, step)
         copies = self.replicas(routed.local[:, self._replicated])
-        return _Receive.apply(token, self, step).index_add_(1, self._replicated, copies)
+        return _Receive.apply(token, self, step).index_copy_(1, self._replicated, copies)
 
     # Four stages of the exchange, called by _Send and _Receive. On the wire, vectors to and from a rank stand as
     # [b, pieces, width] for each group of its pieces, one group behind the other.
@@ -311,20 +320,26 @@ class ShardedEmbedding(nn.Module):
         )
 
     def received_vectors(self, step: _Step) -> torch.Tensor:
-        """Vectors [b, T, D]; those of replicated tables are zero."""
+        """Vectors [b, T, D]; those of replicated tables are not filled in."""
         step.work.wait()
-        out = self.lr.new_zeros(step.batch, len(self.sizes), self.dim)
+        make = self.lr.new_zeros if self._rows_cut else self.lr.new_empty
+        out = make(step.batch, len(self.sizes), self.dim)
         for block, left, tables in self._blocks(step.received, step.padded):
-            # Adding to zero is exact; of a table cut by rows, all but one of the pieces add zeros.
-            out[:, :, left : left + block.shape[2]].index_add_(1, tables, block[: step.batch].float())
+            place, vectors = out[:, :, left : left + block.shape[2]], block[: step.batch].float()
+            if self._rows_cut:  # adding to zero is exact; of a table's row pieces, all but one add zeros
+                place.index_add_(1, tables, vectors)
+            else:
+                place.index_copy_(1, tables, vectors)
         step.received = step.work = None
         return out
 
     def send_gradients(self, step: _Step, grad: torch.Tensor) -> None:
         """Gradients [b, T, D]: off to the owners."""
-        out = torch.zeros(step.padded * sum(self._widths), dtype=self.wire, device=grad.device)
+        out = torch.empty(step.padded * sum(self._widths), dtype=self.wire, device=grad.device)
+        grad = grad.to(self.wire)
         for block, left, tables in self._blocks(out, step.padded):
-            block[: step.batch] = grad[:, :, left : left + block.shape[2]].index_select(1, tables)
+            torch.index_select(grad[:, :, left : left + block.shape[2]], 1, tables, out=block[: step.batch])
+            block[step.batch :] = 0
         world, own = self.plan.world, self._widths[self.ranks.rank] * step.padded
         step.received = out.new_empty(world * own)
         step.work = self.ranks.all_to_all(

@@ -43,8 +43,10 @@ class Watch:
         store, rank, world = next(iter(dist.rendezvous("env://")))
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         own = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
+        # torchrun may keep its store over a restart: addresses of ranks that are gone would still stand in it.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        return Watch(rank, world, dist.PrefixStore(f"watch/{attempt}", own)), store
+        watch = Watch(rank, world, dist.PrefixStore(f"attempt_{attempt}/watch", own))
+        return watch, dist.PrefixStore(f"attempt_{attempt}/ranks", store)
 
     def _beat(self, number: int) -> None:
         self._store.set(f"beat/{self._rank}", str(number))
@@ -81,7 +83,7 @@ class Watch:
 
     def _post(self, words: str, status: int, rank: int) -> dict:
         """Say why the job ends; returns what the first to do so said."""
-        mine = json.dumps({"rank": rank, "host": platform.node(), "status": status, "words": words})
+        mine = json.dumps({"by": self._rank, "rank": rank, "host": platform.node(), "status": status, "words": words})
         said = self._store.compare_set("failed", "", mine).decode()
         if said == mine:
             self._show(words)

@@ -40,16 +40,15 @@ def _enter(rank: int, world: int, port: int) -> None:
     torch.set_num_threads(1)
 
 
-def _call(rank, world, port, pipe, work):
+def _call(rank, world, port, pipe, work, device):
     _enter(rank, world, port)
-    import torch
     import torch.distributed as dist
 
     from model import ranks
 
     try:
         store, *_ = next(iter(dist.rendezvous("env://")))
-        together = ranks.join("gloo", torch.device("cpu"), store)
+        together = ranks.join("auto", ranks.choose_device(device), store)
         function, args = pickle.loads(work)
         # Plain pickles: torch would have multiprocessing share tensors through files of a process that is gone by then.
         pipe.send_bytes(pickle.dumps((True, function(together, *args))))
@@ -95,12 +94,13 @@ def _start(world, target, arguments):
     return children
 
 
-def run_ranks(world: int, function, *args, seconds: float = 60) -> list:
-    """function(ranks, *args) on every rank; returns what each gave, by rank. Fails with the first rank's traceback."""
+def run_ranks(world: int, function, *args, device: str = "cpu", seconds: float = 60) -> list:
+    """function(ranks, *args) on every rank, by gloo on "cpu" and NCCL on "cuda"; returns what each gave, by rank. Fails
+    with the first rank's traceback."""
     pipes = [CONTEXT.Pipe() for _ in range(world)]
     with _Store() as port:
         work = pickle.dumps((function, args))
-        children = _start(world, _call, lambda rank: (rank, world, port, pipes[rank][1], work))
+        children = _start(world, _call, lambda rank: (rank, world, port, pipes[rank][1], work, device))
         try:
             found = []
             for rank, (pipe, _) in enumerate(pipes):

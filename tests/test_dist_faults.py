@@ -105,14 +105,14 @@ def test_a_rank_stands_still(folder, tmp_path):
     the job is over, and leaves."""
     ends = run_main(2, flags(folder, tmp_path), tmp_path, freeze_then_wake)
     said = "".join(end.err for end in ends)
-    assert said.count("error: rank 1 of 2: gone without a word (no sign of life for 5 s)") == 1 == said.count("error: ")
+    assert said.count("error: rank 1 of 2: gone without a word (no sign of life for 3 s)") == 1 == said.count("error: ")
     assert [end.status for end in ends] == [1, 1] and ends[0].seconds < SOON
 
 
 def freeze_then_wake(rank, words):
-    watch.LOST_AFTER = 5.0
+    watch.LOST_AFTER = 3.0
     if rank == 1:
-        waker = f"import os, signal, time; time.sleep(12); os.kill({os.getpid()}, signal.SIGCONT)"
+        waker = f"import os, signal, time; time.sleep(8); os.kill({os.getpid()}, signal.SIGCONT)"
 
         def stand_still():
             subprocess.Popen([sys.executable, "-c", waker])

@@ -140,7 +140,7 @@ def test_test_only_and_the_split_form(folder, day_files, tmp_path, whole):
              "--backend", "gloo", "--device", "cpu", "--test_batch_size", "77"]  # fmt: skip
     found = good(run_main(2, words, tmp_path))["test"]
     expected = whole[0][1][-1]
-    assert found["auc"] == expected[2] and found["log_loss"] == pytest.approx(expected[3], abs=1e-12)
+    assert found["auc"] == expected[2] and found["log_loss"] == pytest.approx(expected[3], abs=1e-7)
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,35 @@ def test_lower_precision_follows():
             assert wire == torch.float32 or losses != pytest.approx(alone[precision], abs=1e-7)
 
 
+@pytest.mark.gpu
+def test_by_nccl_on_one_gpu():
+    """One rank with tables cut into pieces, so that nothing of the exchange is left out."""
+    found, config = batches(), small_config()
+    jobs = [(make_plan(kind, 1), "sgd", config, found) for kind in ("whole", "mixed")]
+    alone, _ = curve_alone("sgd", config, found)
+    (of_rank,) = run_ranks(1, curves_on_gpu, jobs, device="cuda")
+    for losses in of_rank:
+        assert losses == pytest.approx(alone, abs=1e-4)
+
+
+def curves_on_gpu(ranks, jobs):
+    curves = []
+    for plan, name, config, found in jobs:
+        trainer = trainer_of(ranks, plan, name, config)
+        with torch.no_grad():  # a GPU draws other numbers
+            torch.manual_seed(0)
+            model = DLRM(config)
+            for ours, theirs in zip(trainer.model.dense_parameters(), model.dense_parameters(), strict=True):
+                ours.copy_(theirs)
+            for p, weight, _ in (piece for held in trainer.model.embedding.parts() for piece in held):
+                weight.copy_(model.embedding.tables()[p.table][p.begin : p.end, p.left : p.right])
+        found = [Batch(*(tensor.cuda() for tensor in batch)) for batch in found]
+        loader = RankLoader(Shares(found, ranks), trainer.model.embedding, sum(len(batch.label) for batch in found))
+        losses = trainer.whole_losses(torch.stack([trainer.step(batch) for batch in loader.batches()]))
+        curves.append(losses.tolist())
+    return curves
+
+
 def test_large_tables_draw_the_same_numbers():
     config = ModelConfig(13, (5, 300, 90), (4, 16), (4, 1), 16)
     (one, two) = run_ranks(2, drawn, config)
