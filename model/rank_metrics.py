@@ -19,14 +19,19 @@ def _runs(scores: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, tor
 
 def _limits(values: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     """[N - 1] scores that cut everybody's values [n] (sorted, distinct) into N shares, none above twice the mean (plus
-    N): parallel sorting by regular sampling, Shi and Schaeffer 1992."""
+    N): parallel sorting by regular sampling, Shi and Schaeffer 1992, each sample with the weight of what it stands for,
+    as ranks may have shares of any size."""
     world = ranks.world
-    samples = values.new_full((world,), math.inf)
+    samples = values.new_zeros(2, world, dtype=torch.float64)
     if len(values):
-        samples = values[torch.arange(world, device=values.device) * len(values) // world]
-    found = values.new_empty(world * world)
-    dist.all_gather_into_tensor(found, samples)
-    return found.sort().values[world // 2 :: world][1:].contiguous()
+        samples[0] = values[torch.arange(world, device=values.device) * len(values) // world]
+        samples[1] = len(values) / world
+    found = samples.new_empty(world, 2, world)
+    dist.all_gather_into_tensor(found.view(-1), samples.view(-1))
+    ordered, order = found[:, 0].flatten().sort()
+    before = found[:, 1].flatten()[order].cumsum(0)
+    wanted = torch.arange(1, world, device=values.device) * (before[-1] / world)
+    return ordered[torch.bucketize(wanted, before).clamp(max=len(ordered) - 1)].to(values.dtype)
 
 
 def _share(values: torch.Tensor, counts: torch.Tensor, ranks: Ranks) -> tuple[torch.Tensor, torch.Tensor]:
