@@ -21,6 +21,7 @@ from model.config import read_config
 from model.distributed import RankLoader, RankTrainer, make_model
 from model.dlrm import DLRM
 from model.engine import Precision, Trainer
+from model.exchange import Exchange
 from model.predict import MACHINES, Job, alone, exchange_bytes, rank_bytes, step_seconds
 from model.ranks import Ranks, choose_device, join
 from model.reduction import GradientReducer
@@ -32,9 +33,9 @@ from model.sharded import ShardedEmbedding
 PARTS = {
     "ids": (ShardedEmbedding, "route"),
     "look-up, vectors off": (ShardedEmbedding, "begin"),
-    "vectors in": (ShardedEmbedding, "received_vectors"),
-    "gradients off": (ShardedEmbedding, "send_gradients"),
-    "gradients in": (ShardedEmbedding, "received_gradients"),
+    "vectors in": (Exchange, "received_vectors"),
+    "gradients off": (Exchange, "send_gradients"),
+    "gradients in": (Exchange, "received_gradients"),
     "sums of gradients": (GradientReducer, "_finish"),
 }
 WARM_UP = 3

@@ -1,8 +1,8 @@
 """Training on several ranks with the engine of one: a trainer, a loader and a keeper that know of the others.
 
-Embeddings are model-parallel (sharded.py), the MLPs data-parallel (reduction.py). The loss of a rank is its rows' part
-of the global batch's mean, so that every gradient, summed over the ranks, is that of the global batch, whatever the
-numbers of rows on the ranks are.
+Embeddings are model-parallel (sharded.py, exchange.py), the MLPs data-parallel (reduction.py). The loss of a rank is
+its rows' part of the global batch's mean, so that every gradient, summed over the ranks, is that of the global batch,
+whatever the numbers of rows on the ranks are.
 """
 
 import functools
@@ -18,12 +18,13 @@ from model import checkpoint, rank_metrics
 from model.config import ModelConfig
 from model.dlrm import DLRM
 from model.engine import Trainer
+from model.exchange import RoutedIds
 from model.keeper import Keeper
 from model.metrics import Metrics
 from model.optimizers import Optimizer
 from model.ranks import Ranks
 from model.reduction import GradientReducer
-from model.sharded import RoutedIds, ShardedEmbedding
+from model.sharded import ShardedEmbedding
 from model.sharding import Plan
 
 

@@ -6,7 +6,7 @@ prints the plan and what a step of it costs on machines that need not be here (p
 the formulas).
 
 A table is replicated (every rank holds it; its dense gradient is all-reduced), or cut into pieces of rows and columns,
-each on one rank. Whole tables are pieces too, so that one exchange serves all of them (sharded.py). Per step, a piece
+each on one rank. Whole tables are pieces too, so that one exchange serves all of them (exchange.py). Per step, a piece
 of width W costs every rank b ids out and b vectors of W numbers back (b: local batch), and its owner B = N b look-ups:
 
 - columns: the pieces' widths add up to D, so cutting by columns moves no byte more than the whole table, only more

@@ -69,14 +69,17 @@ class Watch:
             except Exception as error:  # the store's errors have no common type
                 if self._ending:
                     return
-                first = str(error).splitlines()[0]
-                words = f"error: the job's store does not answer, its first machine is gone ({first})"
-                self._leave({"rank": -1, "host": "", "status": 1, "words": words})
+                self._store_gone(error)
             since = [last if old == new else now for last, old, new in zip(since, before, beats, strict=True)]
             before = beats
             lost = [rank for rank in range(self._world) if beats[rank] and now - since[rank] > LOST_AFTER]
             if lost:
                 self._lost(lost, f"no sign of life for {LOST_AFTER:.0f} s")
+
+    def _store_gone(self, error: Exception) -> None:
+        first = str(error).splitlines()[0]
+        words = f"error: the job's store does not answer, its first machine is gone ({first})"
+        self._leave({"rank": -1, "host": "", "status": 1, "words": words})
 
     def _found(self) -> dict | None:
         return json.loads(self._store.get("failed")) if self._store.check(["failed"]) else None
@@ -125,6 +128,13 @@ class Watch:
             import traceback
 
             self.failed(1, "".join(traceback.format_exception(error)).rstrip())
+        try:
+            self._blame(error)
+        except Exception as gone:  # the store's errors have no common type
+            self._store_gone(gone)
+
+    def _blame(self, error: BaseException) -> None:
+        """Connections broke: end with the words of the rank that failed; without any, find who has stopped to beat."""
         beats, stop = self._beats(), time.monotonic() + SETTLE
         while time.monotonic() < stop:
             if (found := self._found()) is not None:

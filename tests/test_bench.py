@@ -18,6 +18,7 @@ SMALL = {
     "etl": ["--rows", "3000"],
     "load": ["--rows", "5000", "--batch_size", "1000", "--repeat", "1"],
     "train": ["--model_config", "MODEL", "--batch_size", "64", "--seconds", "0.1"],
+    "scaling": ["--model_config", "MODEL", "--batch_size", "64", "--seconds", "0.1", "--world", "2", "--device", "cpu"],
 }
 
 
@@ -35,6 +36,9 @@ def test_last_line_is_json_with_the_machine(name, tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["bench"] == name and result["machine"]["cores"] >= 1 and result["machine"]["commit"]
+    if name == "scaling":
+        (found,) = result["measured"]
+        assert 1 <= found["bytes_over_least"] < 1.05 and found["bytes_sent"] > 10_000
 
 
 def test_the_polars_peer_does_the_same_work(tmp_path):

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -181,14 +182,46 @@ def test_torchrun_starts_again_and_ends_with_the_same_weights(folder, tmp_path, 
     assert again.wait(120) != 0 and "holds step_26 of an earlier run" in again.stderr.read()
 
 
+def meeting(port):
+    return ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}",
+            "--rdzv_id=job", "--local_addr=127.0.0.1"]  # fmt: skip
+
+
 def test_two_machines(folder, tmp_path, whole):
     """Two agents that meet at a c10d rendezvous, one rank each, as on two machines."""
-    meeting = ["--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}",
-               "--rdzv_id=job", "--local_addr=127.0.0.1"]  # fmt: skip
-    agents = [torchrun(*meeting, "dist_train.py", *flags(folder, tmp_path / "run")) for _ in range(2)]
+    words = [*meeting(free_port()), "dist_train.py", *flags(folder, tmp_path / "run")]
+    agents = [torchrun(*words) for _ in range(2)]
     said = [agent.communicate(timeout=120) for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said
     assert digests(checkpoint.find(tmp_path / "run")) == whole
+
+
+STOP_HERE = """
+import sys
+sys.path.insert(0, {root!r})
+import dist_train
+from tests.test_dist_faults import at_step
+import os, signal
+if os.environ["GROUP_RANK"] == "1":
+    agent = os.getppid()
+    at_step(7, lambda: (os.kill(agent, signal.SIGKILL), os.kill(os.getpid(), signal.SIGKILL)))
+sys.exit(dist_train.main())
+"""
+
+
+def test_one_of_two_machines_is_lost(folder, tmp_path):
+    """The second agent and its rank die at once; the first agent ends, and says why."""
+    script = tmp_path / "lost.py"
+    script.write_text(STOP_HERE.format(root=str(ROOT)))
+    agents = [torchrun(*meeting(free), script, *flags(folder, tmp_path / "run"))
+              for free in [free_port()] for _ in range(2)]  # fmt: skip
+    start = time.monotonic()
+    said = [agent.communicate(timeout=120) for agent in agents]
+    codes = [agent.returncode for agent in agents]
+    assert sorted(codes) == [-signal.SIGKILL, 1] and time.monotonic() - start < 60
+    words = said[codes.index(1)][1]  # which of the two machines holds the job's store is for torchrun to choose
+    lost, deaf = "error: rank 1 of 2: gone without a word", "error: the job's store does not answer"
+    assert words.count(lost) + words.count(deaf) == 1, words
 
 
 def test_launch_as_older_readmes_write_it(folder, tmp_path, whole):

@@ -143,6 +143,15 @@ def test_test_only_and_the_split_form(folder, day_files, tmp_path, whole):
     assert found["auc"] == expected[2] and found["log_loss"] == pytest.approx(expected[3], abs=1e-7)
 
 
+def test_the_same_command_starts_and_goes_on(folder, tmp_path, whole):
+    words = flags(folder, tmp_path, "--ckpt", "auto", "--save_freq", "5")
+    assert good(run_main(2, [*words, "--epochs", "1"], tmp_path))["steps"] == 13
+    ends = run_main(2, words, tmp_path)
+    assert good(ends)["steps"] == 26 and f"going on from {tmp_path}/step_13, step 13" in ends[0].err
+    close(tmp_path / "step_26", whole[1])
+    assert len(list(tmp_path.glob("step_*"))) == 3
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
