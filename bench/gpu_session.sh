@@ -27,5 +27,8 @@ done
 [ "$DEVICE" = cpu ] || step same_bytes diff -r "$DATA/cpu" "$DATA/$DEVICE"
 step etl "$PY" -m bench etl --rows "$ROWS" --repeat 3 --device "$DEVICE"
 step train "$PY" -m bench train --device "$DEVICE" --batch_size 2048 16384 65536 --seconds "$SECONDS_EACH"
+step scaling "$PY" -m bench scaling --device "$DEVICE" --world 1 --batch_size 65536 --seconds "$SECONDS_EACH"
+step dist "$PY" -m torch.distributed.run --standalone --nproc_per_node="${GPUS:-1}" dist_train.py --dataset "$DATA/cpu" \
+    @criteo_kaggle --shuffle_batch_order --device "$DEVICE"
 step learn "$PY" train.py --dataset "$DATA/cpu" @criteo_kaggle --shuffle_batch_order --device "$DEVICE"
 exit $failed

@@ -181,12 +181,13 @@ def rank_main(args: argparse.Namespace) -> None:
             model = DLRM(config)
         rounds = Rounds(batches, ranks).batches(0, 0)
         plain = statistics.median(_steps(Trainer(model, Schedule(0.1), precision), rounds, args.seconds, ranks, None))
-    meter = Meter(ranks)
     wire = {4: torch.float32, 2: torch.bfloat16}[job.wire]
     trainer = RankTrainer(ranks, make_model(config, plan, ranks, wire=wire), Schedule(0.1), precision)
     loader = RankLoader(Rounds(batches, ranks), trainer.model.embedding, 1 << 62)
-    times = _steps(trainer, loader.batches(0, 0), args.seconds, ranks, meter)
-    steps, parts = len(times), dict(meter.seconds)
+    rounds = loader.batches(0, 0)
+    times = _steps(trainer, rounds, args.seconds, ranks, None)
+    meter = Meter(ranks)  # which costs time (a GPU has to be waited for): the parts get rounds of their own
+    steps, parts = len(_steps(trainer, rounds, args.seconds, ranks, meter)), dict(meter.seconds)
     inside = trainer.clock.seconds
     own = {name: parts.get(name, 0.0) for name in PARTS}
     own["forward, the rest"] = inside["forward"] - own["look-up, vectors off"] - own["vectors in"]

@@ -104,42 +104,63 @@ def _describe(path: Path) -> dict:
     return {"bytes": path.stat().st_size, "crc32": _crc32(path)}
 
 
-def save(folder: Path, trainer, state: dict, ranks=None) -> None:
-    """Write a checkpoint of an engine.Trainer, whole or not at all: under a temporary name first, then renamed.
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint is to hold: this rank's files and their tensors, and the JSON state."""
 
-    `state` is any JSON object beside the trainer's own. A checkpoint of the same name is replaced. ranks: all of them
-    write it together, into a folder that all see. Raises OSError (on every rank) where the disk fails or is full; what
-    was there before stays whole.
+    files: dict[str, dict[str, torch.Tensor]]
+    state: dict
+
+
+def content(trainer, state: dict, ranks=None, copy: bool = False) -> Content:
+    """An engine.Trainer as it is now, and `state`, any JSON object. copy: into host memory, so that the trainer can go
+    on before it is written."""
+    files = _files(trainer, *((ranks.rank, ranks.world) if ranks else (0, 1)))
+    if copy:
+        files = {
+            file: {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            for file, tensors in files.items()
+        }
+    about = {"model": trainer.model.config.to_json(), "optimizers": trainer.optimizer_names(), "steps": trainer.steps}
+    return Content(files, {"version": VERSION, **about, **state})
+
+
+def save(folder: Path, trainer, state: dict, ranks=None) -> None:
+    """write() of what a trainer and `state`, any JSON object, are now."""
+    write(folder, content(trainer, state, ranks), ranks)
+
+
+def write(folder: Path, what: Content, ranks=None) -> None:
+    """Write a checkpoint, whole or not at all: under a temporary name first, then renamed.
+
+    A checkpoint of the same name is replaced. ranks: all of them write it together, into a folder that all see. Raises
+    OSError (on every rank) where the disk fails or is full; what was there before stays whole.
     """
-    folder, model = Path(folder), trainer.model
-    rank, world = (ranks.rank, ranks.world) if ranks else (0, 1)
+    folder = Path(folder)
+    rank = ranks.rank if ranks else 0
     temporary = folder.with_name(folder.name + ".part")
 
     def make_folder() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
 
-    def write() -> dict[str, dict]:
+    def write_files() -> dict[str, dict]:
         if not temporary.is_dir():
             raise OSError(f"{temporary}: made by rank 0, not seen by rank {rank}: expected a folder that all share")
-        files = _files(trainer, rank, world)
-        for name, tensors in files.items():
+        for name, tensors in what.files.items():
             save_file(tensors, temporary / name)
             _to_disk(temporary / name)
-        return {name: _describe(temporary / name) for name in files}
+        return {name: _describe(temporary / name) for name in what.files}
 
     def finish() -> None:
-        content = {
-            "version": VERSION, "model": model.config.to_json(), "optimizers": trainer.optimizer_names(),
-            "steps": trainer.steps, **state, "files": dict(sorted(described.items())),
-        }  # fmt: skip
-        (temporary / STATE).write_text(json.dumps(content, indent=1) + "\n")
+        state = {**what.state, "files": dict(sorted(described.items()))}
+        (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n")
         _to_disk(temporary / STATE)
         _replace(temporary, folder)
 
     try:
         _together(ranks, folder, make_folder if rank == 0 else None)
-        described = {name: found for files in _together(ranks, folder, write) for name, found in files.items()}
+        described = {name: found for files in _together(ranks, folder, write_files) for name, found in files.items()}
         _together(ranks, folder, finish if rank == 0 else None)
     finally:
         if rank == 0:

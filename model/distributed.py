@@ -7,14 +7,14 @@ whatever the numbers of rows on the ranks are.
 
 import functools
 from collections.abc import Iterator
-from pathlib import Path
+from dataclasses import replace
 from signal import Signals
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from model import checkpoint, rank_metrics
+from model import rank_metrics
 from model.config import ModelConfig
 from model.dlrm import DLRM
 from model.engine import Trainer
@@ -116,8 +116,8 @@ class RankKeeper(Keeper):
     said after a step hold after the next one, so that nobody waits for them."""
 
     def __init__(self, ranks: Ranks, *settings):
-        super().__init__(*settings)
-        self._ranks, self._words, self._work = ranks, torch.zeros(2, dtype=torch.int32), None
+        super().__init__(*settings, ranks=replace(ranks, control=ranks.saving))
+        self._control, self._words, self._work = ranks, torch.zeros(2, dtype=torch.int32), None
         self._agreed: Signals | None = None
 
     @property
@@ -135,12 +135,5 @@ class RankKeeper(Keeper):
             self._agreed = Signals(number) if number else None
         # A save that is agreed on now resets every clock.
         self._words = torch.tensor([self._late and not late, int(self._noted or 0)], dtype=torch.int32)
-        self._work = self._ranks.all_max(self._words)
+        self._work = self._control.all_max(self._words)
         return self._in_step or bool(late)
-
-    def _write(self, path: Path, state: dict) -> None:
-        checkpoint.save(path, self._trainer, state, self._ranks)
-
-    def _remove(self, path: Path) -> None:
-        if self._ranks.rank == 0:
-            checkpoint.remove(path)

@@ -171,10 +171,7 @@ class Loop:
                 self.log.epoch("stop", epoch)
             if self.keeper:
                 self._check_losses()
-                if self._stopped and self.progress.signal:
-                    self.keeper.save()
-                else:
-                    self.keeper.end()
+                self.keeper.end()
         return self.progress
 
     @property

@@ -192,6 +192,9 @@ def _add_checkpoint_flags(group) -> None:
     group.add_argument("--save_model", action=Boolean, default=False, help="write a checkpoint at the end")
     group.add_argument("--save_freq", type=_count(0), default=0, metavar="N", help="write one every N steps")
     group.add_argument("--save_minutes", type=float, default=0.0, metavar="M", help="write one every M minutes")
+    group.add_argument(
+        "--save_behind", action=Boolean, default=False, help="write them while training goes on, from a copy in memory"
+    )
     group.add_argument("--keep", type=_count(1), default=3, metavar="K", help="of these, keep the last K (default: 3)")
     group.add_argument(
         "--save_best", action=Boolean, default=False, help="keep the best one by validation AUC, as OUTPUT_DIR/best"
@@ -282,7 +285,8 @@ def loop_options(args: argparse.Namespace) -> LoopOptions:
 def keep_options(args: argparse.Namespace) -> KeepOptions:
     """When to write checkpoints, and which to keep."""
     return KeepOptions(
-        args.output_dir, args.save_freq, args.save_minutes, args.keep, args.save_best, args.save_model
+        args.output_dir, args.save_freq, args.save_minutes, args.keep, args.save_best, args.save_model,
+        args.save_behind,
     )
 
 

@@ -16,15 +16,16 @@ PATIENCE = datetime.timedelta(minutes=30)
 
 @dataclass(frozen=True)
 class Ranks:
-    """rank of world processes, local the number on this machine; device: this one's. ids and control: groups of their
-    own, so that ids sent ahead, and words between hosts (always gloo), queue behind nothing else."""
+    """rank of world processes; device: this one's. ids, control and saving: groups
+    of their own, so that ids sent ahead, and words between hosts (always gloo) in the main thread and in the one that
+    writes checkpoints, queue behind nothing else."""
 
     rank: int
     world: int
-    local: int
     device: torch.device
     ids: dist.ProcessGroup
     control: dist.ProcessGroup
+    saving: dist.ProcessGroup
 
     def all_to_all(
         self, received: torch.Tensor, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int],
@@ -85,6 +86,5 @@ def join(backend: str, device: torch.device, store: dist.Store | None = None) ->
         dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=world, **bound)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **bound)
-    ids, control = dist.new_group(backend=backend, timeout=PATIENCE), dist.new_group(backend="gloo", timeout=PATIENCE)
-    local = int(os.environ.get("LOCAL_RANK", 0))
-    return Ranks(dist.get_rank(), dist.get_world_size(), local, device, ids, control)
+    groups = (dist.new_group(backend=name, timeout=PATIENCE) for name in (backend, "gloo", "gloo"))
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, *groups)

@@ -102,12 +102,12 @@ def mixed_plan(config_sizes, world, dim=16):
     return {"version": 1, "world": world, "dim": dim, "tables": tables}
 
 
-@pytest.mark.parametrize("world", [1, 3])
-def test_same_curve_metrics_and_weights(folder, tmp_path, whole, world):
+@pytest.mark.parametrize(("world", "others"), [(1, []), (3, []), (2, ["--nouse_embedding_ext", "--loader", "dali"])])
+def test_same_curve_metrics_and_weights(folder, tmp_path, whole, world, others):
     sizes = json.loads((folder / "manifest.json").read_text())["table_sizes"]
     (tmp_path / "plan.json").write_text(json.dumps(mixed_plan(sizes, world)))
     more = ["--plan", tmp_path / "plan.json", "--save_plan", tmp_path / "again.json"]
-    result = good(run_main(world, flags(folder, tmp_path, *more, "--cache_eval_data"), tmp_path))
+    result = good(run_main(world, flags(folder, tmp_path, *more, *others, "--cache_eval_data"), tmp_path))
     assert result["steps"] == 26 and result["world"] == world and result["command"] == "dist_train"
     same(curve(tmp_path), whole[0])
     close(tmp_path / "step_26", whole[1])
@@ -144,7 +144,7 @@ def test_test_only_and_the_split_form(folder, day_files, tmp_path, whole):
 
 
 def test_the_same_command_starts_and_goes_on(folder, tmp_path, whole):
-    words = flags(folder, tmp_path, "--ckpt", "auto", "--save_freq", "5")
+    words = flags(folder, tmp_path, "--ckpt", "auto", "--save_freq", "5", "--save_behind")
     assert good(run_main(2, [*words, "--epochs", "1"], tmp_path))["steps"] == 13
     ends = run_main(2, words, tmp_path)
     assert good(ends)["steps"] == 26 and f"going on from {tmp_path}/step_13, step 13" in ends[0].err
