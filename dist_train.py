@@ -135,10 +135,9 @@ class RankSession(train.Session):
         """A loader of this rank's share of a split's batches."""
         if split in self._kept:
             return self._kept[split]
-        order = order or (False, 0)
-        loader = super().load(split, batch_size, *order, self.ranks.rank, self.ranks.world)
+        loader = super().load(split, batch_size, *order, rank=self.ranks.rank, world=self.ranks.world)
         keep = self.args.cache_eval_data and split != "train"
-        found = RankLoader(loader, self.trainer.model.embedding, loader.source.rows, keep)
+        found = RankLoader(loader, self.trainer.model.embedding, batch_size, loader.source.rows, keep)
         if keep:
             self._kept[split] = found
         return found

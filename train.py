@@ -113,15 +113,14 @@ class Session:
         """What trains it."""
         return Trainer(*settings)
 
-    def load(self, split: str, batch_size: int, shuffle: bool = False, seed: int = 0, rank: int = 0, world: int = 1):
-        """A loader of the split; of the test split where there is none of that name."""
+    def load(self, split: str, batch_size: int, *order, **share):
+        """A loader of the split; of the test split where there is none of that name. share: rank and world."""
         source = self.data.splits.get(split, self.data.splits["test"])
-        settings = source, batch_size, self.device, shuffle, seed, rank, world
         if self.args.loader == "dali":
             from gpu_etl.load.dali import DaliLoader
 
-            return DaliLoader(*settings)
-        return CpuLoader(*settings)
+            return DaliLoader(source, batch_size, self.device, *order, **share)
+        return CpuLoader(source, batch_size, self.device, *order, **share)
 
     def restore(self, folder: Path) -> dict:
         """Go on where a checkpoint is; returns its state."""

@@ -105,11 +105,8 @@ class Meter:
 class Rounds:
     """A rank's shares of a few batches, round and round, with the interface of gpu_etl.load."""
 
-    ranges = None
-
     def __init__(self, batches: list, ranks: Ranks):
-        self.batch_size = len(batches[0].label)
-        begin, end = rank_range(0, self.batch_size, ranks.rank, ranks.world)
+        begin, end = rank_range(0, len(batches[0].label), ranks.rank, ranks.world)
         self._batches = [type(batch)(*(tensor[begin:end].contiguous() for tensor in batch)) for batch in batches]
 
     def batches(self, epoch: int, start: int):
@@ -183,7 +180,7 @@ def rank_main(args: argparse.Namespace) -> None:
         plain = statistics.median(_steps(Trainer(model, Schedule(0.1), precision), rounds, args.seconds, ranks, None))
     wire = {4: torch.float32, 2: torch.bfloat16}[job.wire]
     trainer = RankTrainer(ranks, make_model(config, plan, ranks, wire=wire), Schedule(0.1), precision)
-    loader = RankLoader(Rounds(batches, ranks), trainer.model.embedding, 1 << 62)
+    loader = RankLoader(Rounds(batches, ranks), trainer.model.embedding, args.batch_size, 1 << 62)
     rounds = loader.batches(0, 0)
     times = _steps(trainer, rounds, args.seconds, ranks, None)
     meter = Meter(ranks)  # which costs time (a GPU has to be waited for): the parts get rounds of their own

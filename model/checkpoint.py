@@ -19,53 +19,21 @@ from pathlib import Path
 
 import torch
 from isal import isal_zlib
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from model.config import ConfigError, ModelConfig
 from model.dlrm import DLRM
+from model.table_files import Stored, name_of, on_every_rank, parts_of
 
 MLPS, STATE = "mlps.safetensors", "state.json"
 VERSION = 2
 BLOCK = 1 << 20
-READ_ROWS = 1 << 18  # of a table at a time, so that reading it needs no second copy
-PIECE = re.compile(r"table_(\d+)(?:\[(\d+):(\d+),(\d+):(\d+)\])?(?:\.(\w+))?")
 STEP_FOLDER = re.compile(r"step_(\d+)")
 
 
 class CheckpointError(ConfigError):
     """A checkpoint that is missing, damaged, or belongs to something else."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of a table in memory: its place, its weight [rows, columns], and what the optimiser remembers of it,
-    [rows] or [rows, columns]; views."""
-
-    table: int
-    rows: slice
-    columns: slice
-    weight: torch.Tensor
-    state: dict[str, torch.Tensor]
-
-
-def _parts(embedding) -> list[Part]:
-    """What this process holds of the tables."""
-    if hasattr(embedding, "parts"):
-        pieces = [piece for held in embedding.parts() for piece in held]
-        return [Part(p.table, slice(p.begin, p.end), slice(p.left, p.right), *more) for p, *more in pieces]
-    states = {name: tensor.split(embedding.sizes) for name, tensor in embedding.state().items()}
-    return [
-        Part(t, slice(0, len(table)), slice(0, table.shape[1]), table, {name: s[t] for name, s in states.items()})
-        for t, table in enumerate(embedding.tables())
-    ]
-
-
-def _name(part: Part, config: ModelConfig) -> str:
-    rows, columns = part.rows, part.columns
-    if (rows, columns) == (slice(0, config.categorical_feature_sizes[part.table]), slice(0, config.embedding_dim)):
-        return f"table_{part.table:02}"
-    return f"table_{part.table:02}[{rows.start}:{rows.stop},{columns.start}:{columns.stop}]"
 
 
 def _mlp_tensors(model: DLRM) -> dict[str, torch.Tensor]:
@@ -76,9 +44,9 @@ def _mlp_tensors(model: DLRM) -> dict[str, torch.Tensor]:
 def _files(trainer, rank: int, world: int) -> dict[str, dict[str, torch.Tensor]]:
     """The files that a rank writes, and their tensors; what all ranks hold is rank 0's to write."""
     model, mine = trainer.model, f".{rank}" if world > 1 else ""
-    parts = [part for part in _parts(model.embedding) if rank == 0 or not _on_every_rank(model.embedding, part.table)]
-    tables = {_name(part, model.config): part.weight for part in parts}
-    memory = {f"{_name(part, model.config)}.{key}": t.contiguous() for part in parts for key, t in part.state.items()}
+    parts = [part for part in parts_of(model.embedding) if rank == 0 or not on_every_rank(model.embedding, part.table)]
+    tables = {name_of(part, model.config): part.weight for part in parts}
+    memory = {f"{name_of(part, model.config)}.{key}": t.contiguous() for part in parts for key, t in part.state.items()}
     files = {f"tables{mine}.safetensors": tables, f"optimizer{mine}.safetensors": memory}
     if rank:
         return files
@@ -86,10 +54,6 @@ def _files(trainer, rank: int, world: int) -> dict[str, dict[str, torch.Tensor]]
     mlps = {f"mlps.{i}.{key}": value for i, state in states for key, value in state.items() if value is not None}
     files[f"optimizer{mine}.safetensors"] = mlps | memory
     return {MLPS: _mlp_tensors(model), **files}
-
-
-def _on_every_rank(embedding, table: int) -> bool:
-    return hasattr(embedding, "plan") and table in embedding.plan.replicated
 
 
 def _crc32(path: Path) -> str:
@@ -238,44 +202,6 @@ def _check_files(folder: Path, state: dict, ranks=None) -> None:
             raise CheckpointError(f"{path}: damaged (expected {expected}, found {found}); use an earlier checkpoint")
 
 
-class _Stored:
-    """The tensors by table in a checkpoint's files of one kind ("tables", "optimizer"), read in slices."""
-
-    def __init__(self, folder: Path, state: dict, kind: str):
-        names = [name for name in state["files"] if name.partition(".")[0] == kind]
-        self._files = [safe_open(folder / name, "pt") for name in names]
-        self._pieces: dict[tuple[int, str], list] = {}
-        self.others: dict[str, torch.Tensor] = {}
-        for file in self._files:
-            for name in file.keys():  # noqa: SIM118 - safetensors' file is no dict
-                match = PIECE.fullmatch(name)
-                if not match:
-                    self.others[name] = file.get_tensor(name)
-                    continue
-                table, *place, key = match.groups()
-                place = tuple(map(int, place)) if place[0] else (0, None, 0, None)
-                self._pieces.setdefault((int(table), key or ""), []).append((place, file.get_slice(name)))
-
-    def read(self, part: Part, key: str, into: torch.Tensor) -> None:
-        """Fill [rows] or [rows, columns] of a part, from all stored pieces that it meets."""
-        missing = into.numel()
-        for (begin, end, left, right), stored in self._pieces.get((part.table, key), ()):
-            low, high = max(begin, part.rows.start), min(end or part.rows.stop, part.rows.stop)
-            first, last = max(left, part.columns.start), min(right or part.columns.stop, part.columns.stop)
-            for at in range(low, high, READ_ROWS):
-                to = min(at + READ_ROWS, high)
-                block, from_ = into[at - part.rows.start : to - part.rows.start], slice(at - begin, to - begin)
-                if into.dim() == 2 and first < last:
-                    block = block[:, first - part.columns.start : last - part.columns.start]
-                    block.copy_(stored[from_, first - left : last - left])
-                    missing -= block.numel()
-                elif into.dim() == 1:
-                    block.copy_(stored[from_])
-                    missing -= block.numel()
-        if missing:
-            raise RuntimeError(f"{missing} numbers of table {part.table} {key} are not there")
-
-
 def load(folder: Path, model: DLRM, ranks=None) -> dict:
     """Fill the model (of `ranks`: this one's part of it) with a checkpoint's weights; returns its state.
 
@@ -292,9 +218,9 @@ def load(folder: Path, model: DLRM, ranks=None) -> dict:
     _check_files(folder, state, ranks)
     try:
         model.load_state_dict(load_file(folder / MLPS), strict=False)
-        stored = _Stored(folder, state, "tables")
+        stored = Stored(folder, state["files"], "tables")
         with torch.no_grad():
-            for part in _parts(model.embedding):
+            for part in parts_of(model.embedding):
                 stored.read(part, "", part.weight)
     except (SafetensorError, OSError, RuntimeError) as error:
         raise CheckpointError(f"--ckpt {folder}: damaged ({error}); use an earlier checkpoint") from error
@@ -312,9 +238,9 @@ def restore(folder: Path, trainer, ranks=None) -> dict:
         ours = trainer.optimizer_names()
         raise CheckpointError(f"--ckpt {folder}: made with the optimisers {optimizers}, this run has {ours}")
     state = load(folder, trainer.model, ranks)
-    stored = _Stored(folder, state, "optimizer")
+    stored = Stored(folder, state["files"], "optimizer")
     with torch.no_grad():
-        for part in _parts(trainer.model.embedding):
+        for part in parts_of(trainer.model.embedding):
             for key, tensor in part.state.items():
                 stored.read(part, key, tensor)
     mlps: dict[int, dict] = {}

@@ -29,12 +29,15 @@ from model.sharding import Plan
 
 
 class RankBatch(NamedTuple):
-    """A rank's share of a global batch of `rows` rows: dense float32 [b, 13], sparse: ids under way, label [b]."""
+    """A rank's share of a global batch: dense float32 [b, 13], sparse int32 [b, 26], label float32 [b]; received: the
+    ids that all ranks ask of this one (exchange.RoutedIds), rows: of the global batch, a float32 scalar on the host.
+    All are tensors, and of the same shapes for all full batches, as a step at fixed addresses wants them."""
 
     dense: torch.Tensor
-    sparse: RoutedIds
+    sparse: torch.Tensor
     label: torch.Tensor
-    rows: int
+    received: torch.Tensor
+    rows: torch.Tensor
 
 
 def make_model(
@@ -63,13 +66,17 @@ class RankTrainer(Trainer):
         super().__init__(model, *settings)
         self.ranks = ranks
 
+    def logits(self, batch: RankBatch) -> torch.Tensor:
+        """Logits float32 [b] of this rank's rows."""
+        return super().logits(batch._replace(sparse=RoutedIds(batch.sparse, batch.received, None)))
+
     def loss(self, batch: RankBatch) -> torch.Tensor:
         """This rank's part of the global batch's mean loss."""
         return F.binary_cross_entropy_with_logits(self.logits(batch), batch.label, reduction="sum") / batch.rows
 
     def rows(self, batch: RankBatch) -> int:
         """Rows of the global batch."""
-        return batch.rows
+        return int(batch.rows)
 
     def whole_losses(self, losses: torch.Tensor) -> torch.Tensor:
         """The parts of all ranks, summed."""
@@ -83,12 +90,14 @@ class RankTrainer(Trainer):
 
 class RankLoader:
     """A loader of this rank's rows (gpu_etl.load) -> RankBatches. The ids of a batch are on their way to their owners
-    while the batch before is worked on. keep: hold the batches of the first pass in memory for later ones."""
+    while the batch before is worked on. batch_size: global, of all but the last batch; rows: of the split. keep: hold
+    the batches of the first pass in memory for later ones."""
 
-    def __init__(self, loader, embedding: ShardedEmbedding, rows: int, keep: bool = False):
-        self._loader, self._embedding, self._rows = loader, embedding, rows
+    def __init__(self, loader, embedding: ShardedEmbedding, batch_size: int, rows: int, keep: bool = False):
+        self._loader, self._embedding, self._batch_size, self._rows = loader, embedding, batch_size, rows
         self._kept: list[RankBatch] | None = [] if keep else None
-        self.ranges = loader.ranges
+        if hasattr(loader, "ranges"):
+            self.ranges = loader.ranges
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -98,17 +107,26 @@ class RankLoader:
         if self._kept:
             yield from self._kept
             return
-        before, size = None, self._loader.batch_size
+        before = None
+        for found in self._routed(epoch, start):
+            if before:
+                yield self._complete(*before)
+            before = found
+        if before:
+            yield self._complete(*before)
+
+    def _routed(self, epoch: int, start: int) -> Iterator[tuple]:
+        """The loader's batches with their ids under way, and how many rows all ranks have of them."""
+        size = self._batch_size
         for number, batch in enumerate(self._loader.batches(epoch, start), start):
             rows = min(size, self._rows - number * size)
-            routed = RankBatch(batch.dense, self._embedding.route(batch.sparse, rows), batch.label, rows)
-            if self._kept is not None:
-                self._kept.append(routed)
-            if before is not None:
-                yield before
-            before = routed
-        if before is not None:
-            yield before
+            yield batch, self._embedding.route(batch.sparse, rows), torch.tensor(float(rows), device="cpu")
+
+    def _complete(self, batch, routed: RoutedIds, rows: torch.Tensor) -> RankBatch:
+        found = RankBatch(batch.dense, routed.local, batch.label, routed.wait(), rows)
+        if self._kept is not None:
+            self._kept.append(found)
+        return found
 
 
 class RankKeeper(Keeper):

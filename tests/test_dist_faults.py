@@ -144,9 +144,18 @@ def test_a_rank_has_less_data(folder, day_files, tmp_path):
     assert "train: 301 here, 801 on rank 0" in ends[1].err
 
 
-def torchrun(*words, **more):
-    line = [sys.executable, "-m", "torch.distributed.run", *map(str, words)]
-    return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+def torchrun(*lines):
+    """Run torchrun with each line of words, side by side: (exit status, stdout, stderr) of each."""
+    start, pipe = [sys.executable, "-m", "torch.distributed.run"], subprocess.PIPE
+    agents = [
+        subprocess.Popen([*start, *map(str, words)], cwd=ROOT, stdout=pipe, stderr=pipe, text=True) for words in lines
+    ]
+    try:
+        said = [agent.communicate(timeout=150) for agent in agents]
+    finally:
+        for agent in agents:
+            agent.terminate()  # takes its ranks along
+    return [(agent.returncode, *words) for agent, words in zip(agents, said, strict=True)]
 
 
 # dist_train.py, of which rank 1 kills itself in step 7 of the first attempt.
@@ -172,14 +181,13 @@ def test_torchrun_starts_again_and_ends_with_the_same_weights(folder, tmp_path, 
     script = tmp_path / "frail.py"
     script.write_text(FRAIL.format(root=str(ROOT)))
     words = ["--standalone", "--nproc_per_node=2", "--max-restarts=1", script, *flags(folder, tmp_path / "run")]
-    process = torchrun(*words)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
+    ((status, out, err),) = torchrun(words)
+    assert status == 0, err
     assert "started again, time 1" in err and f"going on from {tmp_path}/run/step_4, step 4" in err
     assert digests(checkpoint.find(tmp_path / "run")) == whole
     assert out.count('"command": "dist_train"') == 1
-    again = torchrun(*words)
-    assert again.wait(120) != 0 and "holds step_26 of an earlier run" in again.stderr.read()
+    ((status, _, err),) = torchrun(words)
+    assert status != 0 and "holds step_26 of an earlier run" in err
 
 
 def meeting(port):
@@ -190,9 +198,8 @@ def meeting(port):
 def test_two_machines(folder, tmp_path, whole):
     """Two agents that meet at a c10d rendezvous, one rank each, as on two machines."""
     words = [*meeting(free_port()), "dist_train.py", *flags(folder, tmp_path / "run")]
-    agents = [torchrun(*words) for _ in range(2)]
-    said = [agent.communicate(timeout=120) for agent in agents]
-    assert [agent.returncode for agent in agents] == [0, 0], said
+    ended = torchrun(words, words)
+    assert [status for status, *_ in ended] == [0, 0], ended
     assert digests(checkpoint.find(tmp_path / "run")) == whole
 
 
@@ -213,15 +220,13 @@ def test_one_of_two_machines_is_lost(folder, tmp_path):
     """The second agent and its rank die at once; the first agent ends, and says why."""
     script = tmp_path / "lost.py"
     script.write_text(STOP_HERE.format(root=str(ROOT)))
-    agents = [torchrun(*meeting(free), script, *flags(folder, tmp_path / "run"))
-              for free in [free_port()] for _ in range(2)]  # fmt: skip
+    words = [*meeting(free_port()), script, *flags(folder, tmp_path / "run")]
     start = time.monotonic()
-    said = [agent.communicate(timeout=120) for agent in agents]
-    codes = [agent.returncode for agent in agents]
-    assert sorted(codes) == [-signal.SIGKILL, 1] and time.monotonic() - start < 60
-    words = said[codes.index(1)][1]  # which of the two machines holds the job's store is for torchrun to choose
-    lost, deaf = "error: rank 1 of 2: gone without a word", "error: the job's store does not answer"
-    assert words.count(lost) + words.count(deaf) == 1, words
+    lost, left = sorted(torchrun(words, words))
+    assert (lost[0], left[0]) == (-signal.SIGKILL, 1) and time.monotonic() - start < 60
+    words = left[2]  # which of the two machines holds the job's store is for torchrun to choose
+    gone, deaf = "error: rank 1 of 2: gone without a word", "error: the job's store does not answer"
+    assert words.count(gone) + words.count(deaf) == 1, words
 
 
 def test_launch_as_older_readmes_write_it(folder, tmp_path, whole):

@@ -46,10 +46,7 @@ class Shares:
     """A rank's shares of batches, with the interface of gpu_etl.load."""
 
     def __init__(self, batches, ranks):
-        self.batch_size, self._batches, self._ranks = len(batches[0].label), batches, ranks
-
-    def ranges(self, epoch, start):
-        return []
+        self._batches, self._ranks = batches, ranks
 
     def batches(self, epoch=0, start=0):
         for batch in self._batches[start:]:
@@ -74,7 +71,7 @@ def curve_of_ranks(ranks, plan, name, config, found, *settings):
     """Losses of the global batches, and the parts of the tables held at the end."""
     trainer = trainer_of(ranks, plan, name, config, *settings)
     rows = sum(len(batch.label) for batch in found)
-    loader = RankLoader(Shares(found, ranks), trainer.model.embedding, rows)
+    loader = RankLoader(Shares(found, ranks), trainer.model.embedding, len(found[0].label), rows)
     losses = trainer.whole_losses(torch.stack([trainer.step(batch) for batch in loader.batches()]))
     parts = [(p, weight.clone()) for held in trainer.model.embedding.parts() for p, weight, _ in held]
     return losses.tolist(), parts, [p.detach().clone() for p in trainer.model.dense_parameters()]
@@ -168,7 +165,8 @@ def curves_on_gpu(ranks, jobs):
             for p, weight, _ in (piece for held in trainer.model.embedding.parts() for piece in held):
                 weight.copy_(model.embedding.tables()[p.table][p.begin : p.end, p.left : p.right])
         found = [Batch(*(tensor.cuda() for tensor in batch)) for batch in found]
-        loader = RankLoader(Shares(found, ranks), trainer.model.embedding, sum(len(batch.label) for batch in found))
+        rows = sum(len(batch.label) for batch in found)
+        loader = RankLoader(Shares(found, ranks), trainer.model.embedding, len(found[0].label), rows)
         losses = trainer.whole_losses(torch.stack([trainer.step(batch) for batch in loader.batches()]))
         curves.append(losses.tolist())
     return curves
