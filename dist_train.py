@@ -112,7 +112,7 @@ class RankSession(train.Session):
             name = next((known for known in MACHINES if known in card), "h100")
         else:
             local_world = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.world))
-            free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / local_world
+            free = available_memory() / local_world
         free = 1e9 * self.args.memory if self.args.memory else MEMORY_SHARE * free
         return replace(MACHINES[name], memory=min(self.ranks.everyone(free)))
 
@@ -153,6 +153,12 @@ class RankSession(train.Session):
     def keep(self, *settings) -> Keeper:
         """What writes checkpoints, all ranks together."""
         return RankKeeper(self.ranks, *settings)
+
+
+def available_memory() -> int:
+    """Bytes that new programs can have on this machine without swapping."""
+    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    return next(1024 * int(words[1]) for words in lines if words[0] == "MemAvailable:")
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -211,6 +217,8 @@ def main(argv: list[str] | None = None) -> int:
     """Parse the flags and run; returns the exit status."""
     args = train.parse(build_parser(), argv)
     watch, store = Watch.of_environment()
+    if watch:
+        watch.hold_off_sigterm()
     quiet = open(os.devnull, "w") if int(os.environ.get("RANK", 0)) else None  # noqa: SIM115 - until the end
     try:
         with contextlib.redirect_stderr(quiet) if quiet else contextlib.nullcontext():

@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import platform
+import signal
 import sys
 import threading
 import time
@@ -47,6 +48,17 @@ class Watch:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         watch = Watch(rank, world, dist.PrefixStore(f"attempt_{attempt}/watch", own))
         return watch, dist.PrefixStore(f"attempt_{attempt}/ranks", store)
+
+    def hold_off_sigterm(self) -> None:
+        """From now on SIGTERM ends this process only some seconds later, wherever nothing else handles it: torchrun
+        sends it as soon as a rank has died, and those that are left must have time to say so."""
+
+        def end_later(number, _):
+            timer = threading.Timer(SETTLE + 1.5, os._exit, [128 + number])
+            timer.daemon = True
+            timer.start()
+
+        signal.signal(signal.SIGTERM, end_later)
 
     def _beat(self, number: int) -> None:
         self._store.set(f"beat/{self._rank}", str(number))
