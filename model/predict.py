@@ -16,7 +16,7 @@ slowest rank's time is the step's. Loading data and evaluation are left out.
 from dataclasses import dataclass, replace
 
 from model.config import ModelConfig
-from model.sharding import NUMBER, STATE_NUMBERS, Plan
+from model.sharding import NUMBER, STATE_NUMBERS, Plan, whole
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,5 @@ def step_seconds(plan: Plan, job: Job, machine: Machine) -> float:
 
 def alone(job: Job, machine: Machine) -> float:
     """Seconds of a step of one process without any plan; its memory is taken to suffice."""
-    from model.sharding import whole
-
     plan = whole(1, job.config, [0] * len(job.config.categorical_feature_sizes))
     return step_seconds(plan, job, replace(machine, memory=float("inf")))

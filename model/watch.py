@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 
 import torch
 import torch.distributed as dist
@@ -137,8 +138,6 @@ class Watch:
             remedy = "start more ranks, lower --batch_size, or move tables to other ranks (--save_plan, --plan)"
             self.failed(1, f"error: out of memory ({first}); {remedy}")
         if not isinstance(error, RuntimeError) or not any(word in text for word in LOST_PEER):
-            import traceback
-
             self.failed(1, "".join(traceback.format_exception(error)).rstrip())
         try:
             self._blame(error)
