@@ -15,6 +15,7 @@ of which write a checkpoint first (--ckpt goes on from it).
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -37,6 +38,7 @@ from model.keeper import Keeper
 from model.logs import RunLog, summary
 from model.metrics import Metrics, measure
 from model.mlperf_log import MLPerfLog
+from model.optimizers import Optimizer
 
 
 def say(text: str) -> None:
@@ -82,24 +84,39 @@ def check_ids(data: DataSet, config: ModelConfig) -> None:
 
 
 class Session:
-    """The data, the model and what trains it, as the flags say."""
+    """The data, the model and what trains it, as the flags say: in one process (dist_train.py has one of many)."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args, self.device = args, choose_device(args.device)
+        self.args = args
+        self.device = self.join()
         set_threads(args.threads)
         self.mlperf = MLPerfLog(args.mlperf_log) if args.mlperf_log and args.mode == "train" else None
         self.data, config = open_data(args)
         torch.manual_seed(args.seed)
         mlps, tables = flags.optimizers(args)
-        with self.device:
-            model = DLRM(config, args.use_embedding_ext, tables, flags.storage(args))
+        model = self.make_model(config, tables)
+        steps = -(-self.data.splits["train"].rows // args.batch_size)
+        schedule, precision = flags.schedule(args, steps), flags.precision(args, self.device)
+        table_lr = (args.embedding_lr or args.lr) / args.lr
+        self.trainer = self.make_trainer(model, schedule, precision, mlps, table_lr)
+        if args.cuda_graphs:
+            self.trainer.use_cuda_graphs()
         self._cached: dict[tuple[str, int], ResidentLoader] = {}
         order = args.shuffle_batch_order, args.seed, args.shuffle_buffer_size
         self.loader = self.load("train", args.batch_size, *order)
-        schedule, precision = flags.schedule(args, len(self.loader)), flags.precision(args, self.device)
-        self.trainer = Trainer(model, schedule, precision, mlps, (args.embedding_lr or args.lr) / args.lr)
-        if args.cuda_graphs:
-            self.trainer.use_cuda_graphs()
+
+    def join(self) -> torch.device:
+        """The device to work on."""
+        return choose_device(self.args.device)
+
+    def make_model(self, config: ModelConfig, tables: Optimizer) -> DLRM:
+        """The model with its first weights."""
+        with self.device:
+            return DLRM(config, self.args.use_embedding_ext, tables, flags.storage(self.args))
+
+    def make_trainer(self, *settings) -> Trainer:
+        """What trains it."""
+        return Trainer(*settings)
 
     def load(self, split: str, batch_size: int, *order, **share):
         """A loader of the split; of the test split where there is none of that name. share: rank and world."""
@@ -114,6 +131,18 @@ class Session:
 
             return DaliLoader(*found, **share)
         return CpuLoader(*found, **share)
+
+    def restore(self, folder: Path) -> dict:
+        """Go on where a checkpoint is; returns its state."""
+        return checkpoint.restore(folder, self.trainer)
+
+    def fill(self) -> None:
+        """Take the weights of --ckpt."""
+        checkpoint.load(self.args.ckpt, self.trainer.model)
+
+    def keep(self, *settings) -> Keeper:
+        """What writes checkpoints."""
+        return Keeper(*settings)
 
     def test(self, split: str) -> Metrics:
         """Exact metrics on a split."""
@@ -143,7 +172,7 @@ def train(session: Session) -> dict:
     if args.ckpt:
         folder = checkpoint.find(args.ckpt)
         check_place(checkpoint.read_state(folder)["place"], place, folder)
-        state = checkpoint.restore(folder, trainer)
+        state = session.restore(folder)
         best_auc = state["best_auc"]
         if warning := set_threads(args.threads, state["threads"]):
             say(f"warning: {warning}")
@@ -159,7 +188,7 @@ def train(session: Session) -> dict:
         tests = session.data.splits.get("val", session.data.splits["test"]).rows
         session.mlperf.run(flags.mlperf_settings(args, trainer.schedule, rows, tests))
     state = {"dataset": str(args.dataset.resolve()), "place": place, "threads": torch.get_num_threads()}
-    keeper = Keeper(flags.keep_options(args), trainer, state, best_auc)
+    keeper = session.keep(flags.keep_options(args), trainer, state, best_auc)
     log = RunLog(args.log_dir, session.mlperf)
     progress = fit(trainer, loader, lambda: session.test("val"), flags.loop_options(args), keeper, log)
     if session.mlperf:
@@ -233,16 +262,16 @@ def export(session: Session) -> dict:
     return {"output": str(session.args.output)}
 
 
-def run(args: argparse.Namespace) -> dict:
+def run(args: argparse.Namespace, make_session: Callable[[argparse.Namespace], Session] = Session) -> dict:
     """Do what --mode says; returns the results."""
     flags.check(args)
     if not args.dataset:
         args.dataset = Path(checkpoint.read_state(checkpoint.find(args.ckpt))["dataset"])
-    session = Session(args)
+    session = make_session(args)
     result = {"command": "train", "mode": args.mode, "dataset": str(args.dataset), "device": str(session.device)}
     if args.mode == "train":
         return {**result, **train(session)}
-    checkpoint.load(args.ckpt, session.trainer.model)
+    session.fill()
     if args.mode == "test":
         return {**result, "test": asdict(session.test("test"))}
     modes = {"predict": predict, "inference_benchmark": inference_benchmark, "export": export}
@@ -257,26 +286,38 @@ class StoppedError(Exception):
         self.status = 128 + number
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Parse the flags and run; returns the exit status."""
-    parser = flags.build_parser(__doc__)
+# What a user's data, settings, machine or signals may cause: a line of words, not a traceback.
+EXPECTED = (DataError, ConfigError, OSError, StoppedError, KeyboardInterrupt)
+
+
+def explain(error: BaseException) -> tuple[int, str]:
+    """Exit status and words for one of EXPECTED."""
+    if isinstance(error, StoppedError):
+        return error.status, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, OSError):
+        return 1, f"error: {error.filename or ''}: {error.strerror or error}"
+    return 1, f"error: {error}"
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The flags. Exits with status 2 where they cannot be."""
     args = parser.parse_args(argv)
     if not args.dataset and not args.ckpt:
         parser.error("--dataset DIR: expected the data set to train on")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the flags and run; returns the exit status."""
+    args = parse(flags.build_parser(__doc__), argv)
     try:
         print(json.dumps(run(args)))
-    except (DataError, ConfigError) as error:
-        say(f"error: {error}")
-        return 1
-    except OSError as error:
-        say(f"error: {error.filename or ''}: {error.strerror or error}")
-        return 1
-    except StoppedError as stopped:
-        say(str(stopped))
-        return stopped.status
-    except KeyboardInterrupt:
-        say("interrupted")
-        return 130
+    except EXPECTED as error:
+        status, words = explain(error)
+        say(words)
+        return status
     return 0
 
 

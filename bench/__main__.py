@@ -8,6 +8,7 @@
     python -m bench step_kernels  the training step's GPU kernels: machine code, least time predicted, time on a GPU
     python -m bench load          data set -> batches: our loaders, DALI, DataLoaders; alone and with the training step
     python -m bench train         the training step, beside the machine's limits, FBGEMM's TBE and torch's EmbeddingBag
+    python -m bench scaling       the step on 1, 2, 4 ranks: time by part, bytes sent beside the least, efficiency
 """
 
 import argparse
@@ -18,7 +19,7 @@ import sys
 from bench import machine
 from bench.command import BenchError
 
-NAMES = ("quickstart", "kaggle", "etl", "slab", "kernels", "step_kernels", "load", "train")
+NAMES = ("quickstart", "kaggle", "etl", "slab", "kernels", "step_kernels", "load", "train", "scaling")
 
 
 def main(argv: list[str] | None = None) -> int:

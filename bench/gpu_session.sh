@@ -32,5 +32,8 @@ for dtype in float32 bfloat16; do
 done
 step load "$PY" -m bench load --rows "$ROWS" --device "$DEVICE" --png "$OUT/load.png"
 step train "$PY" -m bench train --device "$DEVICE" --batch_size 2048 16384 65536 --seconds "$SECONDS_EACH"
+step scaling "$PY" -m bench scaling --device "$DEVICE" --world 1 --batch_size 65536 --seconds "$SECONDS_EACH"
+step dist "$PY" -m torch.distributed.run --standalone --nproc_per_node="${GPUS:-1}" dist_train.py --dataset "$DATA/cpu" \
+    @criteo_kaggle --shuffle_batch_order --device "$DEVICE"
 step learn "$PY" train.py --dataset "$DATA/cpu" @criteo_kaggle --shuffle_batch_order --device "$DEVICE"
 exit $failed

@@ -6,6 +6,10 @@
     state.json             model configuration, optimisers, steps done, loss scale, size and CRC-32 of each file, the
                            run's state
 
+Many ranks (ranks.Ranks) write side by side, each the pieces that it holds: tables.<rank>.safetensors and
+optimizer.<rank>.safetensors; a piece of a table is called table_03[1000:2000,0:64], by its rows and columns. Any number
+of ranks reads what any other wrote, a process alone included.
+
 Tables load into a model whose tables are of another type: exactly into a wider one, rounded to nearest into a narrower.
 """
 
@@ -13,17 +17,19 @@ import json
 import os
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from isal import isal_zlib
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from model.config import ConfigError, ModelConfig
 from model.dlrm import DLRM
+from model.table_files import Stored, name_of, on_every_rank, parts_of
 
-MLPS, TABLES, OPTIMIZER, STATE = "mlps.safetensors", "tables.safetensors", "optimizer.safetensors", "state.json"
+MLPS, STATE = "mlps.safetensors", "state.json"
 VERSION = 2
 BLOCK = 1 << 20
 STEP_FOLDER = re.compile(r"step_(\d+)")
@@ -38,19 +44,19 @@ def _mlp_tensors(model: DLRM) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in model.state_dict().items() if name.startswith(wanted)}
 
 
-def _table_state(model: DLRM) -> dict[str, torch.Tensor]:
-    """The table optimiser's tensors by table: views."""
-    return {
-        f"table_{t:02}.{name}": part
-        for name, tensor in model.embedding.state().items()
-        for t, part in enumerate(tensor.split(model.embedding.sizes))
-    }
-
-
-def _optimizer_tensors(trainer) -> dict[str, torch.Tensor]:
+def _files(trainer, rank: int, world: int) -> dict[str, dict[str, torch.Tensor]]:
+    """The files that a rank writes, and their tensors; what all ranks hold is rank 0's to write."""
+    model, mine = trainer.model, f".{rank}" if world > 1 else ""
+    parts = [part for part in parts_of(model.embedding) if rank == 0 or not on_every_rank(model.embedding, part.table)]
+    tables = {name_of(part, model.config): part.weight for part in parts}
+    memory = {f"{name_of(part, model.config)}.{key}": t.contiguous() for part in parts for key, t in part.state.items()}
+    files = {f"tables{mine}.safetensors": tables, f"optimizer{mine}.safetensors": memory}
+    if rank:
+        return files
     states = trainer.optimizer.state_dict()["state"].items()
-    mlps = {f"mlps.{i}.{name}": value for i, state in states for name, value in state.items() if value is not None}
-    return mlps | _table_state(trainer.model)
+    mlps = {f"mlps.{i}.{key}": value for i, state in states for key, value in state.items() if value is not None}
+    files[f"optimizer{mine}.safetensors"] = mlps | memory
+    return {MLPS: _mlp_tensors(model), **files}
 
 
 def _crc32(path: Path) -> str:
@@ -65,34 +71,89 @@ def _describe(path: Path) -> dict:
     return {"bytes": path.stat().st_size, "crc32": _crc32(path)}
 
 
-def save(folder: Path, trainer, state: dict) -> None:
-    """Write a checkpoint of an engine.Trainer, whole or not at all: under a temporary name first, then renamed.
+@dataclass(frozen=True)
+class Content:
+    """What a checkpoint is to hold: this rank's files and their tensors, and the JSON state."""
 
-    `state` is any JSON object beside the trainer's own. A checkpoint of the same name is replaced. Raises OSError where
-    the disk fails or is full; what was there before stays whole.
+    files: dict[str, dict[str, torch.Tensor]]
+    state: dict
+
+
+def content(trainer, state: dict, ranks=None, copy: bool = False) -> Content:
+    """An engine.Trainer as it is now, and `state`, any JSON object. copy: into host memory, so that the trainer can go
+    on before it is written."""
+    files = _files(trainer, *((ranks.rank, ranks.world) if ranks else (0, 1)))
+    if copy:
+        files = {
+            file: {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            for file, tensors in files.items()
+        }
+    about = {
+        "model": trainer.model.config.to_json(), "optimizers": trainer.optimizer_names(), "steps": trainer.steps,
+        "loss_scale": trainer.loss_scale.state() if trainer.loss_scale else None,
+    }  # fmt: skip
+    return Content(files, {"version": VERSION, **about, **state})
+
+
+def save(folder: Path, trainer, state: dict, ranks=None) -> None:
+    """write() of what a trainer and `state`, any JSON object, are now."""
+    write(folder, content(trainer, state, ranks), ranks)
+
+
+def write(folder: Path, what: Content, ranks=None) -> None:
+    """Write a checkpoint, whole or not at all: under a temporary name first, then renamed.
+
+    A checkpoint of the same name is replaced. ranks: all of them write it together, into a folder that all see. Raises
+    OSError (on every rank) where the disk fails or is full; what was there before stays whole.
     """
-    folder, model = Path(folder), trainer.model
+    folder = Path(folder)
+    rank = ranks.rank if ranks else 0
     temporary = folder.with_name(folder.name + ".part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        save_file(_mlp_tensors(model), temporary / MLPS)
-        save_file({f"table_{t:02}": table for t, table in enumerate(model.embedding.tables())}, temporary / TABLES)
-        save_file({name: t.contiguous() for name, t in _optimizer_tensors(trainer).items()}, temporary / OPTIMIZER)
-        content = {
-            "version": VERSION, "model": model.config.to_json(), "optimizers": trainer.optimizer_names(),
-            "steps": trainer.steps, "loss_scale": trainer.loss_scale.state() if trainer.loss_scale else None,
-            **state, "files": {p.name: _describe(p) for p in sorted(temporary.iterdir())},
-        }  # fmt: skip
-        (temporary / STATE).write_text(json.dumps(content, indent=1) + "\n")
-        for path in temporary.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        _replace(temporary, folder)
-    except SafetensorError as error:
-        raise OSError(f"{folder}: could not be written ({error})") from error
-    finally:
+
+    def make_folder() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+
+    def write_files() -> dict[str, dict]:
+        if not temporary.is_dir():
+            raise OSError(f"{temporary}: made by rank 0, not seen by rank {rank}: expected a folder that all share")
+        for name, tensors in what.files.items():
+            save_file(tensors, temporary / name)
+            _to_disk(temporary / name)
+        return {name: _describe(temporary / name) for name in what.files}
+
+    def finish() -> None:
+        state = {**what.state, "files": dict(sorted(described.items()))}
+        (temporary / STATE).write_text(json.dumps(state, indent=1) + "\n")
+        _to_disk(temporary / STATE)
+        _replace(temporary, folder)
+
+    try:
+        _together(ranks, folder, make_folder if rank == 0 else None)
+        described = {name: found for files in _together(ranks, folder, write_files) for name, found in files.items()}
+        _together(ranks, folder, finish if rank == 0 else None)
+    finally:
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _together(ranks, folder: Path, action) -> list:
+    """Do `action` (None: nothing) on every rank; returns what it gave on each. Raises OSError on all where one did."""
+    found, error = None, None
+    try:
+        found = action() if action else None
+    except (SafetensorError, OSError) as failed:
+        error = f"{folder}: could not be written ({failed})"
+    answers = ranks.everyone((found, error)) if ranks else [(found, error)]
+    errors = [f"rank {rank}: {error}" if ranks else error for rank, (_, error) in enumerate(answers) if error]
+    if errors:
+        raise OSError(errors[0])
+    return [found for found, _ in answers]
+
+
+def _to_disk(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _replace(temporary: Path, folder: Path) -> None:
@@ -138,16 +199,17 @@ def read_state(folder: Path) -> dict:
     return state
 
 
-def _check_files(folder: Path, state: dict) -> None:
-    for name, expected in state["files"].items():
+def _check_files(folder: Path, state: dict, ranks=None) -> None:
+    rank, world = (ranks.rank, ranks.world) if ranks else (0, 1)
+    for name, expected in list(state["files"].items())[rank::world]:  # many ranks: each looks at some of the files
         path = folder / name
         found = _describe(path) if path.is_file() else "nothing"
         if found != expected:
             raise CheckpointError(f"{path}: damaged (expected {expected}, found {found}); use an earlier checkpoint")
 
 
-def load(folder: Path, model: DLRM) -> dict:
-    """Fill the model with a checkpoint's weights; returns its state.
+def load(folder: Path, model: DLRM, ranks=None) -> dict:
+    """Fill the model (of `ranks`: this one's part of it) with a checkpoint's weights; returns its state.
 
     Raises CheckpointError where it is of another model or damaged, before anything is changed.
     """
@@ -159,18 +221,19 @@ def load(folder: Path, model: DLRM) -> dict:
         keys = [key for key in ours if ours[key] != theirs[key]]
         different = "; ".join(f"{key} {theirs[key]} there, {ours[key]} here" for key in keys)
         raise CheckpointError(f"--ckpt {folder}: made with another model: {different}")
-    _check_files(folder, state)
+    _check_files(folder, state, ranks)
     try:
         model.load_state_dict(load_file(folder / MLPS), strict=False)
-        with safe_open(folder / TABLES, "pt") as tables, torch.no_grad():
-            for t, table in enumerate(model.embedding.tables()):
-                table.copy_(tables.get_tensor(f"table_{t:02}"))
+        stored = Stored(folder, state["files"], "tables")
+        with torch.no_grad():
+            for part in parts_of(model.embedding):
+                stored.read(part, "", part.weight)
     except (SafetensorError, OSError, RuntimeError) as error:
         raise CheckpointError(f"--ckpt {folder}: damaged ({error}); use an earlier checkpoint") from error
     return state
 
 
-def restore(folder: Path, trainer) -> dict:
+def restore(folder: Path, trainer, ranks=None) -> dict:
     """Fill an engine.Trainer with a checkpoint, so that it goes on as if it had never stopped; returns the state.
 
     Raises CheckpointError as load() does, and where the optimisers are others.
@@ -180,13 +243,14 @@ def restore(folder: Path, trainer) -> dict:
     if optimizers != trainer.optimizer_names():
         ours = trainer.optimizer_names()
         raise CheckpointError(f"--ckpt {folder}: made with the optimisers {optimizers}, this run has {ours}")
-    state = load(folder, trainer.model)
-    tensors = load_file(folder / OPTIMIZER)
+    state = load(folder, trainer.model, ranks)
+    stored = Stored(folder, state["files"], "optimizer")
     with torch.no_grad():
-        for name, part in _table_state(trainer.model).items():
-            part.copy_(tensors.pop(name))
+        for part in parts_of(trainer.model.embedding):
+            for key, tensor in part.state.items():
+                stored.read(part, key, tensor)
     mlps: dict[int, dict] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in stored.others.items():
         _, number, key = name.split(".")
         mlps.setdefault(int(number), {})[key] = tensor
     trainer.optimizer.load_state_dict(trainer.optimizer.state_dict() | {"state": mlps})

@@ -9,6 +9,7 @@ B batch, N dense features (13), T tables (26), D embedding dimension:
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -35,18 +36,22 @@ def mlp(inputs: int, sizes: tuple[int, ...], last_relu: bool) -> nn.Sequential:
 
 class DLRM(nn.Module):
     """See the top of the file. fused_embedding: False uses torch's own sparse gradients instead of the fused update;
-    table_optimizer, storage: of the embedding tables."""
+    table_optimizer, storage: of the tables; make_embedding: makes another module with their interface instead,
+    called where the tables would be made (the order of random numbers is part of the initial weights)."""
 
     def __init__(
         self, config: ModelConfig, fused_embedding: bool = True, table_optimizer: Optimizer = Optimizer(),  # noqa: B008
-        storage: Storage = Storage(),  # noqa: B008
+        storage: Storage = Storage(), make_embedding: Callable[[], nn.Module] | None = None,  # noqa: B008
     ):  # fmt: skip
         super().__init__()
         self.config = config
         tables, dim = config.categorical_feature_sizes, config.embedding_dim
         self.bottom = mlp(config.num_numerical_features, config.bottom_mlp_sizes, last_relu=True)
         embedding = JointEmbedding if fused_embedding else TorchEmbedding
-        self.embedding = embedding(tables, dim, config.hash_indices, table_optimizer, storage)
+        self.embedding = (
+            make_embedding() if make_embedding
+            else embedding(tables, dim, config.hash_indices, table_optimizer, storage)
+        )  # fmt: skip
         vectors = 1 + len(tables)
         self.interaction = {
             "dot": lambda: DotInteraction(vectors, dim, config.self_interaction),

@@ -10,6 +10,7 @@ steps, once it is known whether all gradients are good.
 """
 
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ from model.config import ConfigError
 from model.optimizers import Optimizer
 
 PLACEMENTS = ("device", "host")
+DRAWN_AT_ONCE = 1 << 22  # numbers; another number would be other initial weights on a GPU
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,15 @@ def _scalar(buffer: torch.Tensor, value: float | torch.Tensor) -> torch.Tensor:
     return value if isinstance(value, torch.Tensor) else buffer.fill_(value)
 
 
+def initial_rows(size: int, dim: int, device: torch.device) -> Iterator[tuple[int, torch.Tensor]]:
+    """(first row, rows float32 [n, D]) of a new table's U(+-sqrt(1/size)), block by block: whoever holds a part of a
+    table draws all of it in the same blocks and gets the same numbers. Valid until the next block."""
+    bound, block = size**-0.5, max(1, DRAWN_AT_ONCE // dim)
+    room = torch.empty(min(size, block), dim, device=device)
+    for begin in range(0, size, block):
+        yield begin, room[: size - begin].uniform_(-bound, bound)
+
+
 class _Lookup(torch.autograd.Function):
     """weight [R, D], index int64 [N] -> rows float32 [N, D]; backward lets the module update its weight in place."""
 
@@ -74,11 +85,12 @@ class _Lookup(torch.autograd.Function):
 
 
 class _Tables(nn.Module):
-    """T tables stacked into one weight [sum of sizes, D], and the shift from ids to its rows."""
+    """T tables stacked into one weight [sum of sizes, D], and the shift from ids to its rows. draw: False leaves the
+    weight zero."""
 
     def __init__(
         self, sizes: tuple[int, ...], dim: int, hash_indices: bool, optimizer: Optimizer = Optimizer(),  # noqa: B008
-        storage: Storage = Storage(),
+        storage: Storage = Storage(), draw: bool = True,
     ):  # fmt: skip
         super().__init__()
         self.optimizer, self.storage = optimizer, storage
@@ -95,13 +107,14 @@ class _Tables(nn.Module):
         self.weight = nn.Parameter(self._new_weight())
         for name, tensor in optimizer.table_state(sum(sizes), dim).items():
             self.register_buffer(f"state_{name}", tensor.to(self.lr.device), persistent=False)
-        self._draw()
+        if draw:
+            self._draw()
 
     def _new_weight(self) -> torch.Tensor:
         shape, dtype = (sum(self.sizes), self.dim), self.storage.dtype
         if self.storage.placement == "device":
-            return torch.empty(shape, dtype=dtype)
-        weight = torch.empty(shape, dtype=dtype, device="cpu")
+            return torch.zeros(shape, dtype=dtype)
+        weight = torch.zeros(shape, dtype=dtype, device="cpu")
         if not on_gpu(self.lr):
             return weight
         if not self.has_kernels:
@@ -113,14 +126,10 @@ class _Tables(nn.Module):
 
     @torch.no_grad()
     def _draw(self) -> None:
-        """Uniform between -1 and 1 over the root of the table's size; the same numbers, rounded, for half types."""
+        """Initial weights; the same numbers, rounded, for half types."""
         for table in self.tables():
-            bound = len(table) ** -0.5
-            if table.dtype == torch.float32:
-                table.uniform_(-bound, bound)
-                continue
-            for part in table.split(1 << 20):
-                part.copy_(torch.empty_like(part, dtype=torch.float32).uniform_(-bound, bound))
+            for begin, rows in initial_rows(len(table), self.dim, table.device):
+                table[begin : begin + len(rows)] = rows
 
     @property
     def step(self) -> int | torch.Tensor:
@@ -180,7 +189,7 @@ class _Tables(nn.Module):
 
     def held(self) -> list[torch.Tensor]:
         """The gradients of the steps not taken yet, still times loss_scale."""
-        return [grad for _, grad in self._waiting]
+        return [grad for _, grad in self._waiting or ()]
 
     @torch.no_grad()
     def release(self, skip: torch.Tensor) -> None:

@@ -91,15 +91,16 @@ class Trainer:
 
         The step's own on a GPU: the most that torch held over what it holds now; on a CPU, of the fused step only.
         """
-        embedding, cuda = self.model.embedding, self.device.type == "cuda"
-        if cuda:
+        if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
             step = peak - torch.cuda.memory_allocated(self.device)
         else:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
             step = self._cpu.memory if self._cpu else None
+        tables = [module for module in self.model.embedding.modules() if hasattr(module, "state")]
         return {
-            "tables": embedding.weight.nbytes, "table_optimizer": sum(t.nbytes for t in embedding.state().values()),
+            "tables": sum(module.weight.nbytes for module in tables),
+            "table_optimizer": sum(tensor.nbytes for module in tables for tensor in module.state().values()),
             "mlps": sum(parameter.nbytes for parameter in self.model.dense_parameters()), "step": step, "peak": peak,
         }  # fmt: skip
 
@@ -133,6 +134,18 @@ class Trainer:
     def loss(self, batch) -> torch.Tensor:
         """Mean loss of a batch, a scalar: what backward starts from."""
         return F.binary_cross_entropy_with_logits(self.logits(batch), batch.label)
+
+    def rows(self, batch) -> int:
+        """Rows that a step on this batch trains on."""
+        return len(batch.label)
+
+    def whole_losses(self, losses: torch.Tensor) -> torch.Tensor:
+        """What step() returned for some steps, float32 [n] -> the mean losses of their batches."""
+        return losses
+
+    def measure(self, logits: torch.Tensor, labels: torch.Tensor) -> Metrics:
+        """Metrics of logits [N] against labels [N]."""
+        return measure(logits, labels)
 
     def step(self, batch) -> torch.Tensor:
         """Train on one batch; returns its mean loss, a scalar tensor on the device."""
@@ -192,7 +205,7 @@ class Trainer:
         """Exact metrics over `total` batches. Memory: 8 B a row."""
         bar = tqdm(batches, total=total, desc=name, unit="batch", file=sys.stderr, leave=False)
         scored = [(self.logits(batch), batch.label) for batch in bar]
-        return measure(torch.cat([s for s, _ in scored]), torch.cat([label for _, label in scored]))
+        return self.measure(torch.cat([s for s, _ in scored]), torch.cat([label for _, label in scored]))
 
 
 @dataclass(frozen=True)
@@ -260,10 +273,7 @@ class Loop:
                 self.log.epoch("stop", epoch)
             if self.keeper:
                 self._check_losses()
-                if self._stopped and self.progress.signal:
-                    self.keeper.save()
-                else:
-                    self.keeper.end()
+                self.keeper.end()
         return self.progress
 
     @property
@@ -279,7 +289,7 @@ class Loop:
             if batch is None:
                 break
             self._losses.append(self.trainer.step(batch))
-            self.progress.samples += len(batch.label)
+            self.progress.samples += self.trainer.rows(batch)
             bar.update()
             pause = self._due(total)
             if pause:
@@ -332,7 +342,7 @@ class Loop:
         """Look at the losses since the last time, all at once: each look waits for the device."""
         if not self._losses:
             return
-        losses = torch.stack(self._losses).cpu()
+        losses = self.trainer.whole_losses(torch.stack(self._losses)).cpu()
         self._losses = []
         self._last_loss = losses[-1].item()
         bad = (~losses.isfinite()).nonzero()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from model.checkpoint import steps_in
 from model.config import ConfigError, names
 from model.embedding import PLACEMENTS, Storage
 from model.engine import LoopOptions, Precision
@@ -21,7 +22,7 @@ TABLE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": 
 TRUE, FALSE = ("true", "t", "1", "yes"), ("false", "f", "0", "no")
 
 
-class _Boolean(argparse.Action):
+class Boolean(argparse.Action):
     """--flag, --noflag, --no-flag, --flag=true, --flag=false: as absl flags are written, and as argparse's are."""
 
     def __init__(self, option_strings, dest, **kwargs):
@@ -120,7 +121,7 @@ def _add_data_flags(group) -> None:
     group.add_argument("--batch_size", type=_count(1), default=16384, metavar="N", help="default: 16384")
     group.add_argument("--test_batch_size", type=_count(1), default=131072, metavar="N", help="default: 131072")
     group.add_argument(
-        "--shuffle_batch_order", "--shuffle", action=_Boolean, default=True,
+        "--shuffle_batch_order", "--shuffle", action=Boolean, default=True,
         help="new order of batches in every epoch (default: true)",
     )  # fmt: skip
     group.add_argument(
@@ -169,25 +170,25 @@ def _add_precision_flags(group) -> None:
         help="CPU threads of torch (default: torch's choice, or the checkpoint's: another number, other last bits)",
     )  # fmt: skip
     group.add_argument(
-        "--amp", action=_Boolean, default=False,
+        "--amp", action=Boolean, default=False,
         help="bfloat16 matrix products; a CPU that does float32 ones faster goes on with these (default: false)",
     )  # fmt: skip
     group.add_argument(
-        "--fp16", action=_Boolean, default=None,
+        "--fp16", action=Boolean, default=None,
         help="float16 matrix products with a loss scale (default: true on a GPU, false on a CPU)",
     )  # fmt: skip
     group.add_argument("--loss_scale", type=float, default=1024.0, help="for --fp16, where it starts (default: 1024)")
     group.add_argument(
-        "--dynamic_loss_scale", action=_Boolean, default=True,
+        "--dynamic_loss_scale", action=Boolean, default=True,
         help="halve the loss scale where gradients overflow, double it after 2,000 steps in which none did; steps that "
         "overflow are skipped either way (default: true)",
     )  # fmt: skip
     group.add_argument(
-        "--cuda_graphs", action=_Boolean, default=False,
+        "--cuda_graphs", action=Boolean, default=False,
         help="run each step, and each test batch, as one CUDA graph (default: false)",
     )  # fmt: skip
     group.add_argument(
-        "--use_embedding_ext", action=_Boolean, default=True,
+        "--use_embedding_ext", action=Boolean, default=True,
         help="embedding update fused into backward; false: torch's sparse gradients (default: true)",
     )  # fmt: skip
     group.add_argument(
@@ -195,7 +196,7 @@ def _add_precision_flags(group) -> None:
         help="type of the tables' weights; a checkpoint's are converted to it (default: float32)",
     )  # fmt: skip
     group.add_argument(
-        "--stochastic_rounding", action=_Boolean, default=True,
+        "--stochastic_rounding", action=Boolean, default=True,
         help="of half-precision tables after a step; false: to nearest (default: true)",
     )
     group.add_argument(
@@ -227,16 +228,20 @@ def _add_checkpoint_flags(group) -> None:
     group.add_argument(
         "--output_dir", type=Path, default=Path("runs"), metavar="DIR", help="for checkpoints and --profile_steps"
     )
-    group.add_argument("--save_model", action=_Boolean, default=False, help="write a checkpoint at the end")
+    group.add_argument("--save_model", action=Boolean, default=False, help="write a checkpoint at the end")
     group.add_argument("--save_freq", type=_count(0), default=0, metavar="N", help="write one every N steps")
     group.add_argument("--save_minutes", type=float, default=0.0, metavar="M", help="write one every M minutes")
+    group.add_argument(
+        "--save_behind", action=Boolean, default=False, help="write them while training goes on, from a copy in memory"
+    )
     group.add_argument("--keep", type=_count(1), default=3, metavar="K", help="of these, keep the last K (default: 3)")
     group.add_argument(
-        "--save_best", action=_Boolean, default=False, help="keep the best one by validation AUC, as OUTPUT_DIR/best"
+        "--save_best", action=Boolean, default=False, help="keep the best one by validation AUC, as OUTPUT_DIR/best"
     )
     group.add_argument(
         "--ckpt", type=Path, metavar="DIR",
-        help="checkpoint to go on from or to use, or a folder of some: then the latest in it",
+        help="checkpoint to go on from or to use, or a folder of some: then the latest in it; auto: the latest in "
+        "--output_dir, or none where there is none yet, so that the same command starts a run and goes on with it",
     )  # fmt: skip
 
 
@@ -246,7 +251,7 @@ def _add_mode_flags(group) -> None:
         help="train; test: score --ckpt on the test split; predict: write the scores of --input; inference_benchmark: "
         "latency and throughput; export: for other programs (default: train)",
     )  # fmt: skip
-    group.add_argument("--test_only", action=_Boolean, default=False, help="as --mode test")
+    group.add_argument("--test_only", action=Boolean, default=False, help="as --mode test")
     group.add_argument(
         "--input", type=Path, metavar="FILE|DIR",
         help="predict: a raw day (its ids come from --dataset), or a data set (default: --dataset), of which the test "
@@ -270,6 +275,9 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("--embedding_dtype, --stochastic_rounding, --table_placement: only with --use_embedding_ext")
     if args.test_only:
         args.mode = "test"
+    if args.ckpt == Path("auto"):
+        found = steps_in(args.output_dir)
+        args.ckpt = found[-1][1] if found else None
     if args.mode != "train" and not args.ckpt:
         raise ConfigError(f"--mode {args.mode}: expected --ckpt DIR, the checkpoint to use")
     if args.mode in ("predict", "export") and not args.output:
@@ -323,7 +331,8 @@ def loop_options(args: argparse.Namespace) -> LoopOptions:
 def keep_options(args: argparse.Namespace) -> KeepOptions:
     """When to write checkpoints, and which to keep."""
     return KeepOptions(
-        args.output_dir, args.save_freq, args.save_minutes, args.keep, args.save_best, args.save_model
+        args.output_dir, args.save_freq, args.save_minutes, args.keep, args.save_best, args.save_model,
+        args.save_behind,
     )
 
 

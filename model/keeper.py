@@ -2,6 +2,7 @@
 
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,8 @@ BEST = "best"
 @dataclass(frozen=True)
 class KeepOptions:
     """folder: of the run; every_steps, every_minutes: between checkpoints, 0 for none; last: how many of them stay;
-    best: keep the one with the best validation AUC as well, under that name; at_end: write one at the end."""
+    best: keep the one with the best validation AUC as well, under that name; at_end: write one at the end; behind:
+    write them while training goes on, from a copy in host memory."""
 
     folder: Path
     every_steps: int = 0
@@ -23,38 +25,70 @@ class KeepOptions:
     last: int = 3
     best: bool = False
     at_end: bool = False
+    behind: bool = False
 
 
 class Keeper:
-    """Writes a trainer's checkpoints. state: what they hold beside the trainer's own."""
+    """Writes a trainer's checkpoints; latest: the last one complete. state: what they hold beside the trainer's own;
+    ranks: all that write them together."""
 
-    def __init__(self, options: KeepOptions, trainer, state: dict, best_auc: float = 0.0):
-        self._options, self._trainer, self._state = options, trainer, state
+    def __init__(self, options: KeepOptions, trainer, state: dict, best_auc: float = 0.0, ranks=None):
+        self._options, self._trainer, self._state, self._ranks = options, trainer, state, ranks
+        self._writer, self._writing = ThreadPoolExecutor(1, "checkpoint"), None
+        self._named: str | None = None
         self._mark = time.monotonic()
         self.best_auc, self.latest = best_auc, None
-        self.signal: signal.Signals | None = None
+        self._noted: signal.Signals | None = None
 
-    def _save(self, name: str) -> Path:
-        path = self._options.folder / name
-        checkpoint.save(path, self._trainer, {**self._state, "best_auc": self.best_auc})
+    @property
+    def signal(self) -> signal.Signals | None:
+        """The signal that asked to stop."""
+        return self._noted
+
+    def _save(self, name: str) -> None:
+        self.wait()
+        path, behind, state = self._options.folder / name, self._options.behind, {"best_auc": self.best_auc}
+        what = checkpoint.content(self._trainer, {**self._state, **state}, self._ranks, behind)
         self._mark = time.monotonic()
-        return path
+        if behind:
+            self._writing = self._writer.submit(self._write, path, what)
+        else:
+            self._write(path, what)
 
-    def save(self) -> Path:
+    def _write(self, path: Path, what: checkpoint.Content) -> None:
+        checkpoint.write(path, what, self._ranks)
+        if path.name != BEST:
+            self.latest = path
+            old = checkpoint.steps_in(self._options.folder)[: -self._options.last]
+            for _, old_path in old if self._ranks is None or self._ranks.rank == 0 else ():
+                checkpoint.remove(old_path)
+
+    def wait(self) -> None:
+        """Until what is being written is there. Raises OSError where it could not be written."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def save(self) -> None:
         """Write a checkpoint now, unless the latest one is of this step; drop those too old to keep."""
         name = f"step_{self._trainer.steps}"
-        if self.latest is None or self.latest.name != name:
-            self.latest = self._save(name)
-            for _, path in checkpoint.steps_in(self._options.folder)[: -self._options.last]:
-                checkpoint.remove(path)
-        return self.latest
+        if self._named != name:
+            self._save(name)
+            self._named = name
 
     @property
     def due(self) -> bool:
         """Whether a checkpoint is to be written after this step."""
-        steps, minutes = self._options.every_steps, self._options.every_minutes
-        late = minutes and time.monotonic() - self._mark >= 60 * minutes
-        return bool((steps and self._trainer.steps % steps == 0) or late)
+        return self._in_step or self._late
+
+    @property
+    def _in_step(self) -> bool:
+        return bool(self._options.every_steps and self._trainer.steps % self._options.every_steps == 0)
+
+    @property
+    def _late(self) -> bool:
+        minutes = self._options.every_minutes
+        return bool(minutes and time.monotonic() - self._mark >= 60 * minutes)
 
     def tested(self, found: Metrics) -> None:
         """Take note of a validation result; the best one's checkpoint is kept, if asked for."""
@@ -64,18 +98,19 @@ class Keeper:
                 self._save(BEST)
 
     def end(self) -> None:
-        """Write the last checkpoint, if asked for."""
-        if self._options.at_end or self._options.every_steps or self._options.every_minutes:
+        """Write the last checkpoint, if asked for or told to stop by a signal, and wait until all are there."""
+        if self.signal or self._options.at_end or self._options.every_steps or self._options.every_minutes:
             self.save()
+        self.wait()
 
     @contextmanager
     def watch_signals(self):
-        """While this lasts, SIGTERM and the first Ctrl-C only set `signal`; a second Ctrl-C interrupts at once."""
+        """While this lasts, SIGTERM and the first Ctrl-C are only noted; a second Ctrl-C interrupts at once."""
 
         def note(number, _):
-            if self.signal is not None and number == signal.SIGINT:
+            if self._noted is not None and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            self.signal = signal.Signals(number)
+            self._noted = signal.Signals(number)
 
         before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
         try:

@@ -27,6 +27,7 @@ SMALL = {
     ],
     "step_kernels": ["--model_config", "MODEL", "--batch_size", "64", "--capability", "8.0"],
     "train": ["--model_config", "MODEL", "--quick", "--plot", "PNG"],
+    "scaling": ["--model_config", "MODEL", "--batch_size", "64", "--seconds", "0.1", "--world", "2", "--device", "cpu"],
 }
 
 
@@ -60,6 +61,9 @@ def test_last_line_is_json_with_the_machine(name, tmp_path):
         assert plot.read_bytes().startswith(b"\x89PNG")
         counts = [len(found["loaders"]) for found in (*result["page_cache"], result["disk"], result["training"])]
         assert counts == [9, 9, 6, 7] and "data wait share" in done.stderr
+    if name == "scaling":
+        (found,) = result["measured"]
+        assert 1 <= found["bytes_over_least"] < 1.05 and found["bytes_sent"] > 10_000
 
 
 def test_the_polars_peer_does_the_same_work(tmp_path):

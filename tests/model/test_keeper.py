@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 
 import pytest
 
@@ -39,6 +40,26 @@ def test_every_few_steps_and_the_last_ones_stay(tmp_path):
     again = make_trainer(seed=5)
     assert checkpoint.restore(tmp_path / "step_20", again)["place"] == "here"
     assert same(weights(again), weights(trainer)) and again.steps == 20
+
+
+def test_written_behind_training_they_are_the_same(tmp_path, monkeypatch):
+    run(tmp_path / "a", every_steps=6, last=9, tests=[0.6, 0.7], best=True)
+    real = checkpoint.save_file
+    monkeypatch.setattr(checkpoint, "save_file", lambda *words: time.sleep(0.02) or real(*words))
+    _, kept = run(tmp_path / "b", every_steps=6, last=9, tests=[0.6, 0.7], best=True, behind=True)
+    assert kept.latest == tmp_path / "b" / "step_20" and names(tmp_path / "a") == names(tmp_path / "b")
+    for path in (tmp_path / "a").rglob("*.*"):
+        assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
+
+
+def test_what_could_not_be_written_behind_is_told(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match=r"step_6: could not be written \(.*No space left"):
+        run(tmp_path, every_steps=6, behind=True)
+    assert names(tmp_path) == []
 
 
 def test_every_few_minutes(tmp_path, monkeypatch):

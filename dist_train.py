@@ -1,0 +1,250 @@
+"""Train a DLRM on many GPUs, or on many processes of CPUs: embeddings in pieces by ranks, MLPs copied to all.
+
+    torchrun --nproc_per_node=8 dist_train.py --model_config official_config --dataset DIR --lr 0.1 \\
+        --batch_size 2048 ...                                             (the flags of train.py; batches are global)
+
+    python -m torch.distributed.launch --use_env --nproc_per_node 8 dist_train.py ...     (as older READMEs write it)
+
+    torchrun --nnodes=2 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29400 --max-restarts=3 \\
+        dist_train.py --save_minutes 10 ...   (on each of two machines, which share DIR and --output_dir)
+
+The loss curve is that of train.py with the same flags, and checkpoints are interchangeable, whatever the number of
+ranks. Started again by torchrun after a fault, it goes on from the latest checkpoint in --output_dir. Rank 0 writes
+words and progress to stderr and, as the last line of stdout, one JSON object. Exit status as of train.py's.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import train
+from model import checkpoint, flags, placement
+from model.config import ConfigError, ModelConfig
+from model.distributed import RankKeeper, RankLoader, RankTrainer, make_model
+from model.dlrm import DLRM
+from model.embedding import Storage
+from model.keeper import Keeper
+from model.optimizers import Optimizer
+from model.predict import MACHINES, Job
+from model.ranks import BACKENDS, choose_device, join
+from model.sharding import Plan, read_plan
+from model.watch import Watch
+
+WIRES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STARTED = ".started"  # in --output_dir: this run may go on from the checkpoints there
+MEMORY_SHARE = 0.9  # of what is free, for the plan; the rest is for what it does not know of
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of train.py, and those of many ranks."""
+    parser = flags.build_parser(__doc__)
+    group = parser.add_argument_group("many ranks")
+    group.add_argument(
+        "--backend", default="auto", choices=BACKENDS, help="nccl on GPUs, gloo on CPUs (default: by the device)"
+    )
+    group.add_argument(
+        "--cache_eval_data", action=flags.Boolean, default=False, help="keep the test batches on the device"
+    )
+    group.add_argument("--plan", type=Path, metavar="FILE", help="place tables by this plan (default: make one)")
+    group.add_argument("--save_plan", type=Path, metavar="FILE", help="write the plan, to be edited and given back")
+    group.add_argument(
+        "--wire_dtype", default="fp32", choices=sorted(WIRES), help="of vectors and gradients sent (default: fp32)"
+    )
+    group.add_argument(
+        "--memory", type=float, metavar="GB", help="of a rank, for the plan (default: 90 %% of what is free)"
+    )
+    group.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # torch.distributed.launch's
+    return parser
+
+
+class RankSession(train.Session):
+    """One rank's data, model and trainer."""
+
+    def __init__(self, args: argparse.Namespace, store: dist.Store | None):
+        self._store, self._kept = store, {}
+        super().__init__(args)
+
+    def join(self) -> torch.device:
+        """Meet the other ranks; rank 0 says which checkpoint to go on from, and alone writes logs."""
+        args, device = self.args, choose_device(self.args.device)
+        self.ranks = join(args.backend, device, self._store)
+        args.ckpt = self.ranks.first(args.ckpt)
+        if self.ranks.rank:
+            args.log_dir = args.mlperf_log = None
+        if args.profile_steps:
+            args.output_dir = args.output_dir / f"rank_{self.ranks.rank}"
+        return device
+
+    def make_model(self, config: ModelConfig, tables: Optimizer) -> DLRM:
+        """The model, this rank's part of its tables. Raises PlanError where it does not fit, before it is made."""
+        args, ranks = self.args, self.ranks
+        if flags.storage(args) != Storage():
+            raise ConfigError(
+                "--embedding_dtype, --stochastic_rounding, --table_placement: expected train.py; the tables of several "
+                "ranks are float32 on their devices"
+            )
+        self.check_same_data()
+        half = args.amp or args.fp16 or (args.fp16 is None and self.device.type == "cuda")
+        job = Job(config, args.batch_size, tables.name, placement.WIRES[args.wire_dtype], 2 if half else 4)
+        self.plan = ranks.first(self.make_plan(job) if ranks.rank == 0 else self.machine() and None)
+        self.plan.check(config, ranks.world, tables.name, f"--plan {args.plan}")
+        torch.manual_seed(args.seed)
+        return make_model(config, self.plan, ranks, tables, WIRES[args.wire_dtype], args.use_embedding_ext)
+
+    def make_plan(self, job: Job) -> Plan:
+        """The plan by --plan, or the best one; shown, and checked to fit."""
+        args, machine = self.args, self.machine()
+        plan = read_plan(args.plan) if args.plan else placement.make_plan(job, self.ranks.world, machine)
+        plan.check(job.config, self.ranks.world, job.optimizer, f"--plan {args.plan}")
+        placement.check_memory(plan, job, machine)
+        train.say(placement.show(plan, job, machine))
+        if args.save_plan:
+            plan.write(args.save_plan)
+        return plan
+
+    def machine(self):
+        """What the ranks run on, for the plan: the memory of the one that has least. All ranks call it together."""
+        name = "cpu"
+        if self.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info()
+            card = torch.cuda.get_device_name().lower()
+            name = next((known for known in MACHINES if known in card), "h100")
+        else:
+            local_world = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.world))
+            free = available_memory() / local_world
+        free = 1e9 * self.args.memory if self.args.memory else MEMORY_SHARE * free
+        return replace(MACHINES[name], memory=min(self.ranks.everyone(free)))
+
+    def check_same_data(self) -> None:
+        """Raise ConfigError where ranks see other data than rank 0 does."""
+        found = {split: source.rows for split, source in self.data.splits.items()}
+        if self.data.manifest:
+            found |= {name: file.get("sha256") for name, file in self.data.manifest.files.items()}
+        expected = self.ranks.everyone(found)[0]
+        keys = [key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)]
+        if keys:
+            what = ", ".join(f"{key}: {found.get(key)} here, {expected.get(key)} on rank 0" for key in sorted(keys))
+            raise ConfigError(f"{self.data.folder}: not the data set that rank 0 sees: {what} (rows or checksums)")
+
+    def make_trainer(self, *settings) -> RankTrainer:
+        """What trains this rank's share of batches."""
+        return RankTrainer(self.ranks, *settings)
+
+    def load(self, split: str, batch_size: int, *order) -> RankLoader:
+        """A loader of this rank's share of a split's batches."""
+        if split in self._kept:
+            return self._kept[split]
+        loader = super().load(split, batch_size, *order, rank=self.ranks.rank, world=self.ranks.world)
+        keep = self.args.cache_eval_data and split != "train"
+        found = RankLoader(loader, self.trainer.model.embedding, batch_size, loader.source.rows, keep)
+        if keep:
+            self._kept[split] = found
+        return found
+
+    def restore(self, folder: Path) -> dict:
+        """Go on where a checkpoint is, written by any number of ranks."""
+        return checkpoint.restore(folder, self.trainer, self.ranks)
+
+    def fill(self) -> None:
+        """Take the weights of --ckpt."""
+        checkpoint.load(self.args.ckpt, self.trainer.model, self.ranks)
+
+    def keep(self, *settings) -> Keeper:
+        """What writes checkpoints, all ranks together."""
+        return RankKeeper(self.ranks, *settings)
+
+
+def available_memory() -> int:
+    """Bytes that new programs can have on this machine without swapping."""
+    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    return next(1024 * int(words[1]) for words in lines if words[0] == "MemAvailable:")
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Raise ConfigError for what only one process can do, and settle where a run that is started again goes on."""
+    if args.mode not in ("train", "test") and not args.test_only:
+        raise ConfigError(f"--mode {args.mode}: works in one process; use train.py, which reads the same checkpoints")
+    if int(os.environ.get("RANK", 0)) or not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        return
+    # A run that is started again must not take an earlier run's checkpoints for its own: the first start leaves a mark.
+    mark, found = args.output_dir / STARTED, checkpoint.steps_in(args.output_dir)
+    restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if restarts and mark.exists():
+        args.ckpt = found[-1][1] if found else args.ckpt
+        train.say(f"started again, time {restarts}")
+        return
+    mark.unlink(missing_ok=True)
+    if found and not args.ckpt:
+        raise ConfigError(
+            f"--output_dir {args.output_dir}: holds {found[-1][1].name} of an earlier run, which this one would go on "
+            "from after a fault; name another folder, or --ckpt auto to go on with that run"
+        )
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+
+
+def run(args: argparse.Namespace, watch: Watch | None, store: dist.Store | None) -> None:
+    """Do what the flags say, as one of many; rank 0 prints the result."""
+    prepare(args)
+    sessions = []
+
+    def make_session(args: argparse.Namespace) -> RankSession:
+        sessions.append(RankSession(args, store))
+        return sessions[0]
+
+    try:
+        result = train.run(args, make_session)
+    except train.StoppedError:
+        part(sessions[0], watch)
+        raise
+    session = sessions[0]
+    if session.ranks.rank == 0:
+        more = {"command": "dist_train", "world": session.ranks.world, "placement": session.plan.kinds()}
+        print(json.dumps({**result, **more}), flush=True)
+    part(session, watch)
+
+
+def part(session: RankSession, watch: Watch | None) -> None:
+    """All ranks are done: nobody is missed from here on."""
+    if watch:
+        watch.end()
+    session.ranks.everyone(None)
+    dist.destroy_process_group()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse the flags and run; returns the exit status."""
+    args = train.parse(build_parser(), argv)
+    watch, store = Watch.of_environment()
+    if watch:
+        watch.hold_off_sigterm()
+    quiet = open(os.devnull, "w") if int(os.environ.get("RANK", 0)) else None  # noqa: SIM115 - until the end
+    try:
+        with contextlib.redirect_stderr(quiet) if quiet else contextlib.nullcontext():
+            run(args, watch, store)
+    except train.StoppedError as stopped:
+        if not quiet:
+            train.say(str(stopped))
+        return stopped.status
+    except train.EXPECTED as error:
+        status, words = train.explain(error)
+        if watch:
+            watch.failed(status, words)
+        train.say(words)
+        return status
+    except Exception as error:
+        if watch:
+            watch.broken(error)
+        raise
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""The processes that train together: who they are, and what they say to each other (torch.distributed)."""
+
+import datetime
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from model.config import ConfigError
+
+BACKENDS = ("auto", "nccl", "gloo")
+# How long a collective may take before it is given up. Faults are noticed long before (watch.py).
+PATIENCE = datetime.timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """rank of world processes; device: this one's. ids, control and saving: groups
+    of their own, so that ids sent ahead, and words between hosts (always gloo) in the main thread and in the one that
+    writes checkpoints, queue behind nothing else."""
+
+    rank: int
+    world: int
+    device: torch.device
+    ids: dist.ProcessGroup
+    control: dist.ProcessGroup
+    saving: dist.ProcessGroup
+
+    def all_to_all(
+        self, received: torch.Tensor, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int],
+        ids: bool = False,
+    ):  # fmt: skip
+        """Start the exchange of flat tensors, cut by rank as the sizes say; returns what has wait()."""
+        group = self.ids if ids else None
+        return dist.all_to_all_single(received, sent, received_sizes, sent_sizes, group=group, async_op=True)
+
+    def all_reduce(self, tensor: torch.Tensor, wait: bool = True):
+        """Sum over all ranks, in place; without `wait`, returns what has wait()."""
+        work = dist.all_reduce(tensor, async_op=True)
+        if wait:
+            work.wait()
+        return work
+
+    def all_max(self, tensor: torch.Tensor):
+        """Start the maximum over all ranks of a tensor on the host, in place; returns what has wait()."""
+        return dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.control, async_op=True)
+
+    def everyone(self, value) -> list:
+        """Each rank's value (small, of plain types), by rank, on every rank."""
+        found = [None] * self.world
+        dist.all_gather_object(found, value, group=self.control)
+        return found
+
+    def first(self, value):
+        """Rank 0's value, on every rank."""
+        return self.everyone(value if self.rank == 0 else None)[0]
+
+
+def choose_device(name: str) -> torch.device:
+    """This process's device: for "auto" and "cuda" the GPU with its local number. Raises ConfigError where it is
+    missing."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    local, found = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local >= found:
+        raise ConfigError(
+            f"--device cuda: local rank {local} has no GPU of its own, torch finds {found}; start "
+            f"--nproc_per_node={found or 1} ranks on this machine, or use --device cpu"
+        )
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def join(backend: str, device: torch.device, store: dist.Store | None = None) -> Ranks:
+    """Find the other processes, as torchrun's environment says, by its store; alone where there is none of it."""
+    if backend == "auto":
+        backend = "nccl" if device.type == "cuda" else "gloo"
+    if backend == "nccl" and device.type != "cuda":
+        raise ConfigError("--backend nccl: works on GPUs only; use --backend gloo, or --device cuda")
+    bound = {"device_id": device} if backend == "nccl" else {}
+    if "RANK" in os.environ:
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=rank, world_size=world, **bound)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, **bound)
+    groups = (dist.new_group(backend=name, timeout=PATIENCE) for name in (backend, "gloo", "gloo"))
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, *groups)
