@@ -247,8 +247,8 @@ class JointEmbedding(_Tables):
 class TorchEmbedding(_Tables):
     """The same through torch's own sparse gradients: slower, the specification of JointEmbedding. float32 only."""
 
-    def __init__(self, *settings):
-        super().__init__(*settings)
+    def __init__(self, *settings, **more):
+        super().__init__(*settings, **more)
         self.weight.register_post_accumulate_grad_hook(self._after_backward)
 
     def forward(self, sparse: torch.Tensor) -> torch.Tensor:
