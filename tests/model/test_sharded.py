@@ -132,14 +132,39 @@ def test_ids_are_hashed_and_a_rank_may_hold_nothing():
 def test_lower_precision_follows():
     found, config, plan = batches(), small_config(), make_plan("mixed", 2)
     exact, half = Precision(), Precision(torch.bfloat16)
-    cases = [(torch.bfloat16, exact, 5e-3), (torch.float16, exact, 5e-3), (torch.float32, Precision(None, 64.0), 1e-5),
-             (torch.float32, half, 0.05)]  # fmt: skip
+    scaled = Precision(torch.float16, 1024.0, dynamic=True)
+    cases = [(torch.bfloat16, exact, 5e-3), (torch.float16, exact, 5e-3), (torch.float32, half, 0.05),
+             (torch.float32, scaled, 0.01)]  # fmt: skip
     jobs = [(plan, "sgd", config, found, wire, precision) for wire, precision, _ in cases]
     alone = {precision: curve_alone("sgd", config, found, precision)[0] for precision in {case[1] for case in cases}}
     for of_rank in run_ranks(2, curves_of_ranks, jobs):
         for (wire, precision, tolerance), (losses, _, _) in zip(cases, of_rank, strict=True):
             assert losses == pytest.approx(alone[precision], abs=tolerance)
             assert wire == torch.float32 or losses != pytest.approx(alone[precision], abs=1e-7)
+
+
+def skips_of_ranks(ranks, plan, config, found):
+    """What the loss scale did, the MLPs and the replicated table at the end, on a rank that alone has an overflow."""
+    trainer = trainer_of(ranks, plan, "sgd", config, torch.float32, Precision(torch.float16, 1024.0, dynamic=True))
+    rows = sum(len(batch.label) for batch in found)
+    loader = RankLoader(Shares(found, ranks), trainer.model.embedding, len(found[0].label), rows)
+    for number, batch in enumerate(loader.batches()):
+        if number == 3 and ranks.rank == 1:
+            batch.dense[:, 0] = 60_000.0
+        before = [p.detach().clone() for p in trainer.model.dense_parameters()]
+        trainer.step(batch)
+        same = all(map(torch.equal, before, trainer.model.dense_parameters()))
+        assert same == (number == 3)
+    tables = [weight.clone() for held in trainer.model.embedding.parts() for _, weight, _ in held[:1]]
+    return trainer.loss_scale.state(), [p.detach().clone() for p in trainer.model.dense_parameters()], tables
+
+
+def test_a_step_that_overflows_on_one_rank_is_skipped_on_all():
+    found, config = batches(), small_config()
+    ends = run_ranks(2, skips_of_ranks, make_plan("replicated", 2), config, found[:6])
+    for state, mlps, tables in ends:
+        assert state["skipped"] == 1 and state["scale"] == 512.0
+        assert all(map(torch.equal, mlps, ends[0][1])) and all(map(torch.equal, tables, ends[0][2]))
 
 
 @pytest.mark.gpu
