@@ -33,12 +33,13 @@ from model import checkpoint, flags, inference
 from model.config import ConfigError, ModelConfig, read_config
 from model.device import choose_device, set_threads
 from model.dlrm import DLRM
-from model.engine import Trainer, fit, profile
+from model.engine import fit, profile
 from model.keeper import Keeper
 from model.logs import RunLog, summary
 from model.metrics import Metrics, measure
 from model.mlperf_log import MLPerfLog
 from model.optimizers import Optimizer
+from model.trainer import Trainer
 
 
 def say(text: str) -> None:

@@ -26,8 +26,8 @@ from gpu_etl.schema import COLUMNS, DENSE, FIRST_DENSE, FIRST_SPARSE, RECORD_DTY
 from model.config import ModelConfig, read_config
 from model.device import choose_device
 from model.dlrm import DLRM
-from model.engine import Precision, Trainer
 from model.schedule import Schedule
+from model.trainer import Precision, Trainer
 
 PEER = "DataLoader, blocks"  # ratios are to this one
 NO_DISK = ("device-resident", "DataLoader, rows")  # one reads nothing, of the other too little is read

@@ -20,13 +20,13 @@ from model import placement
 from model.config import read_config
 from model.distributed import RankLoader, RankTrainer, make_model
 from model.dlrm import DLRM
-from model.engine import Precision, Trainer
 from model.exchange import Exchange
 from model.predict import MACHINES, Job, alone, exchange_bytes, rank_bytes, step_seconds
 from model.ranks import Ranks, choose_device, join
 from model.reduction import GradientReducer
 from model.schedule import Schedule
 from model.sharded import ShardedEmbedding
+from model.trainer import Precision, Trainer
 
 # What a rank does in a step, by the function that does it; what is left of forward and backward are the MLPs and the
 # interaction, and for one process alone the tables too.

@@ -24,7 +24,7 @@ from gpu_etl.schema import COLUMNS, FIRST_SPARSE, RECORD_DTYPE
 from gpu_etl.synthetic import POPULARITY
 from model.config import ModelConfig, read_config
 from model.device import choose_device
-from model.engine import Precision, Trainer
+from model.trainer import Precision, Trainer
 
 BATCHES = 8  # different ones, read in turns: no step finds its rows in the cache because the last one used them
 WARM_UP, TURN, LEAST = 2, 2, 4  # steps: before measuring, in one turn, and measured at least

@@ -7,9 +7,9 @@ from torch import nn
 
 from model.config import ModelConfig
 from model.dlrm import DLRM
-from model.engine import Precision, Trainer
 from model.optimizers import Optimizer
 from model.schedule import Schedule
+from model.trainer import Precision, Trainer
 
 LR = 0.1
 

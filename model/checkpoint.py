@@ -80,7 +80,7 @@ class Content:
 
 
 def content(trainer, state: dict, ranks=None, copy: bool = False) -> Content:
-    """An engine.Trainer as it is now, and `state`, any JSON object. copy: into host memory, so that the trainer can go
+    """An trainer.Trainer as it is now, and `state`, any JSON object. copy: into host memory, so that the trainer can go
     on before it is written."""
     files = _files(trainer, *((ranks.rank, ranks.world) if ranks else (0, 1)))
     if copy:
@@ -234,7 +234,7 @@ def load(folder: Path, model: DLRM, ranks=None) -> dict:
 
 
 def restore(folder: Path, trainer, ranks=None) -> dict:
-    """Fill an engine.Trainer with a checkpoint, so that it goes on as if it had never stopped; returns the state.
+    """Fill an trainer.Trainer with a checkpoint, so that it goes on as if it had never stopped; returns the state.
 
     Raises CheckpointError as load() does, and where the optimisers are others.
     """

@@ -1,6 +1,6 @@
 """Forward, backward and the tables' update on a CPU, on parts of the batch that fit the cache.
 
-The eager step (engine.py) is the specification. There, every operation runs over the whole batch and is cut among the
+The eager step (trainer.py) is the specification. There, every operation runs over the whole batch and is cut among the
 cores; at 16,384 samples each one then reads and writes tens of megabytes. Here every core takes its own share of the
 batch through the whole model, some hundred samples at a time, and meets the others only at the end: gradients of the
 MLPs are summed over all parts, and those of the rows wait until the last part is through. So every part sees the

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from model import rank_metrics
 from model.config import ConfigError, ModelConfig
 from model.dlrm import DLRM
-from model.engine import Trainer
 from model.exchange import RoutedIds
 from model.keeper import Keeper
 from model.metrics import Metrics
@@ -26,6 +25,7 @@ from model.ranks import Ranks
 from model.reduction import GradientReducer
 from model.sharded import ShardedEmbedding
 from model.sharding import Plan
+from model.trainer import Trainer
 
 
 class RankBatch(NamedTuple):

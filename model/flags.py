@@ -11,10 +11,11 @@ import torch
 from model.checkpoint import steps_in
 from model.config import ConfigError, names
 from model.embedding import PLACEMENTS, Storage
-from model.engine import LoopOptions, Precision
+from model.engine import LoopOptions
 from model.keeper import KeepOptions
 from model.optimizers import NAMES, Optimizer
 from model.schedule import Schedule
+from model.trainer import Precision
 
 RECIPES = Path(__file__).parent / "recipes"
 MODES = ("train", "test", "predict", "inference_benchmark", "export")

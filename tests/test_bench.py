@@ -14,7 +14,7 @@ from gpu_etl.pipeline import Settings, encode_days
 from gpu_etl.schema import SPLITS, split_file
 from gpu_etl.synthetic import write_days
 from model.config import ModelConfig, read_config
-from model.engine import Precision
+from model.trainer import Precision
 from tests.conftest import ROOT
 
 SMALL = {

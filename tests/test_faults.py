@@ -35,7 +35,7 @@ from model import engine
 
 fault, path, *words = sys.argv[1:]
 order.UNIT_ROWS = 1
-real_step, real_read, real_preadv, struck = engine.Trainer.step, sources.RecordFile.read_into, os.preadv, []
+real_step, real_read, real_preadv, struck = trainer.Trainer.step, sources.RecordFile.read_into, os.preadv, []
 
 def step(self, batch):
     if self.steps + 1 == 11:
@@ -54,7 +54,7 @@ def read_into(self, begin, end, block):
         raise SystemExit("the thread is gone") if "SystemExit" in os.environ else MemoryError("no memory left")
     return real_read(self, begin, end, block)
 
-engine.Trainer.step, sources.RecordFile.read_into, os.preadv = step, read_into, preadv
+trainer.Trainer.step, sources.RecordFile.read_into, os.preadv = step, read_into, preadv
 sys.exit(train.main(words))
 """
 WORDS = {

@@ -31,7 +31,7 @@ from model import checkpoint, engine
 
 point, number, *words = sys.argv[1:]
 point, number = int(point), int(number)
-real_step, real_save, saves = engine.Trainer.step, checkpoint.save_file, 0
+real_step, real_save, saves = trainer.Trainer.step, checkpoint.save_file, 0
 
 def step(self, batch):
     if self.steps + 1 == point:
@@ -46,7 +46,7 @@ def save_file(tensors, path):
         os.kill(os.getpid(), number)
     return real_save(tensors, path)
 
-engine.Trainer.step, checkpoint.save_file = step, save_file
+trainer.Trainer.step, checkpoint.save_file = step, save_file
 sys.exit(train.main(words))
 """
 

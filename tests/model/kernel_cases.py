@@ -17,13 +17,13 @@ from model import embedding, fused
 from model.config import ConfigError
 from model.dlrm import DLRM
 from model.embedding import Storage
-from model.engine import Precision, Trainer
 from model.interaction import DotInteraction
 from model.kernels import lookup_interaction, update
 from model.kernels.staging import stage
 from model.kernels.unpack import unpack
 from model.optimizers import NAMES, Optimizer
 from model.schedule import Schedule
+from model.trainer import Precision, Trainer
 from tests.model.helpers import random_batches, small_config
 
 INTERPRETED = triton.knobs.runtime.interpret

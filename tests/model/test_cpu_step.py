@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from model import cpu_kernels, cpu_step
 from model.cpu_step import CpuStep
 from model.dlrm import DLRM
-from model.engine import Precision, Trainer
 from model.interaction import DotInteraction
 from model.optimizers import NAMES, Optimizer
 from model.schedule import Schedule
+from model.trainer import Precision, Trainer
 from tests.model.helpers import Batch, random_batches, small_config
 
 LR = 0.3

@@ -5,10 +5,11 @@ import torch
 
 from model.config import ConfigError
 from model.dlrm import DLRM
-from model.engine import LoopOptions, Precision, Trainer, fit
+from model.engine import LoopOptions, fit
 from model.graph import SLOTS, Static, StaticInputs
 from model.optimizers import Optimizer
 from model.schedule import Schedule
+from model.trainer import Precision, Trainer
 from tests.model.helpers import Batch, ListLoader, random_batches, small_config
 
 CPU = torch.device("cpu")

@@ -8,9 +8,9 @@ import torch
 from model import checkpoint, loss_scale
 from model.config import ConfigError
 from model.dlrm import DLRM
-from model.engine import Precision, Trainer
 from model.optimizers import NAMES, Optimizer
 from model.schedule import Schedule
+from model.trainer import Precision, Trainer
 from tests.model.helpers import random_batches, small_config
 
 HUGE = 2.0**40  # times any gradient, beyond float16's 65,504

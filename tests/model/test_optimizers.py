@@ -7,9 +7,9 @@ from torch import nn
 from model.config import ConfigError
 from model.dlrm import DLRM
 from model.embedding import JointEmbedding, TorchEmbedding
-from model.engine import Precision, Trainer
 from model.optimizers import NAMES, Optimizer
 from model.schedule import Schedule
+from model.trainer import Precision, Trainer
 from tests.model.helpers import random_batches, small_config
 
 SIZES, DIM, LR = (3, 1, 40), 5, 0.05

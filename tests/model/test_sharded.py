@@ -7,10 +7,10 @@ from gpu_etl.load.batch import rank_range
 from model.config import ModelConfig
 from model.distributed import RankLoader, RankTrainer, make_model
 from model.dlrm import DLRM
-from model.engine import Precision, Trainer
 from model.optimizers import NAMES, Optimizer
 from model.schedule import Schedule
 from model.sharding import Piece, Plan
+from model.trainer import Precision, Trainer
 from tests.model.helpers import SIZES, Batch, random_batches, small_config
 from tests.ranks import run_ranks
 

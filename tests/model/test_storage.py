@@ -10,9 +10,10 @@ from model import checkpoint, embedding
 from model.config import ConfigError
 from model.dlrm import DLRM
 from model.embedding import JointEmbedding, Storage
-from model.engine import LoopOptions, Trainer, fit
+from model.engine import LoopOptions, fit
 from model.optimizers import NAMES, Optimizer, stochastically_rounded
 from model.schedule import Schedule
+from model.trainer import Trainer
 from tests.model.helpers import SIZES, ListLoader, random_batches, small_config
 
 HALF = (torch.bfloat16, torch.float16)
