@@ -27,7 +27,7 @@ CHILD = """
 import os, signal, sys
 import safetensors.torch
 import train
-from model import checkpoint, engine
+from model import checkpoint, trainer
 
 point, number, *words = sys.argv[1:]
 point, number = int(point), int(number)
