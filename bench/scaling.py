@@ -12,9 +12,10 @@ from dataclasses import asdict, replace
 import torch
 import torch.distributed as dist
 
+from bench.batches import make_batches
 from bench.command import BenchError
 from bench.machine import ROOT
-from bench.train import make_batches, matrix_flops
+from bench.train_limits import matrix_operations
 from gpu_etl.load.batch import rank_range
 from model import placement
 from model.config import read_config
@@ -119,7 +120,7 @@ def machine_here(ranks: Ranks, name: str):
     """The rates of this machine while all its ranks work at once, as predict.Machine takes them."""
     device, least = ranks.device, torch.zeros(4, dtype=torch.float64)
     table, rows = torch.zeros(1 << 20, 64, device=device), torch.randint(1 << 20, (1 << 18,), device=device)
-    least[0] = matrix_flops(torch.float32 if device.type == "cpu" else torch.float16, device)
+    least[0] = matrix_operations(torch.float32 if device.type == "cpu" else torch.float16, device)
     least[1] = 2 * 4 * 64 * len(rows) / _median(lambda: table[rows])
     for place, size in ((2, 1 << 22), (3, ranks.world)):
         sent = torch.zeros(size // ranks.world * ranks.world, device=device)

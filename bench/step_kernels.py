@@ -12,18 +12,16 @@ from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
 
-import numpy as np
 import torch
 
+from bench.batches import make_ids
 from bench.command import BenchError
-from bench.train import draw_ids
 from bench.train_limits import mlp_operations
 from model.config import ModelConfig, read_config
 from model.embedding import JointEmbedding, Storage
 from model.kernels.cost import BUS, H200, Cost, Shape
 from model.optimizers import Optimizer
 
-FRESH_BATCHES = 8  # rotated, so that no launch finds its rows in the cache because the last one used them
 CAPABILITIES = ("8.0", "9.0", "10.0")
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)")
 TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -131,7 +129,7 @@ def costs(shape: Shape, rule: str) -> dict[str, Cost]:
 def draw_shape(config: ModelConfig, batch_size: int, weight_bytes: int, matrix_bytes: int) -> Shape:
     """Sizes of a batch with ids as popular as the synthetic days' values."""
     sizes = config.categorical_feature_sizes
-    ids = torch.from_numpy(draw_ids(sizes, batch_size, np.random.default_rng(0)))
+    ids = make_ids(sizes, batch_size, torch.device("cpu"))[0]
     distinct = sum(len(column.unique()) for column in ids.T)
     return Shape(batch_size, len(sizes), config.embedding_dim, distinct, weight_bytes, matrix_bytes)
 
@@ -148,10 +146,7 @@ def calls(
         scalars = torch.tensor(0.01), torch.tensor(1.0), torch.tensor(1)
         records = torch.randint(100, (batch_size, 40), dtype=torch.int32)
         bottom = torch.randn(batch_size, dim).to(getattr(torch, matrices))
-    weight, ids = tables.weight.detach(), [
-        torch.from_numpy(draw_ids(sizes, batch_size, np.random.default_rng(seed))).to(device)
-        for seed in range(FRESH_BATCHES)
-    ]
+    weight, ids = tables.weight.detach(), make_ids(sizes, batch_size, device)
 
     def find_rows(sparse):
         return lookup_interaction.find_rows(sparse, tables.begins, tables.limits, config.hash_indices, len(weight))

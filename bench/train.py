@@ -17,11 +17,11 @@ import numpy as np
 import torch
 
 from bench import train_limits, train_show
+from bench.batches import draw_ids
 from bench.train_peers import ours, peers
 from gpu_etl.load.cpu import CpuLoader
 from gpu_etl.load.dataset import RecordFile
 from gpu_etl.schema import COLUMNS, FIRST_SPARSE, RECORD_DTYPE
-from gpu_etl.synthetic import POPULARITY
 from model.config import ModelConfig, read_config
 from model.device import choose_device
 from model.trainer import Precision, Trainer
@@ -97,14 +97,6 @@ def fit_tables(config: ModelConfig, limit: float) -> ModelConfig:
             return config.with_tables([min(size, largest) for size in config.categorical_feature_sizes])
         left -= size
     return config
-
-
-def draw_ids(sizes: tuple[int, ...], rows: int, generator: np.random.Generator) -> np.ndarray:
-    """Ids int32 [rows, T] by a power law, as popular as the synthetic days' values."""
-    power = 1 - POPULARITY
-    limits = np.array(sizes)
-    ranks = (((limits + 1.0) ** power - 1) * generator.random((rows, len(sizes))) + 1) ** (1 / power) - 1
-    return np.minimum(ranks, limits - 1).astype(np.int32)
 
 
 def write_records(path: Path, sizes: tuple[int, ...], rows: int) -> None:
