@@ -100,7 +100,8 @@ class Graph(Static):
     def _record(self, slot: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            # Of this thread only: meanwhile the loader's thread may pin memory or wait for an event, which is fine.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 found = super()._work(slot)
         except RuntimeError as error:
             raise ConfigError(

@@ -20,6 +20,7 @@ from tests.conftest import ROOT
 SMALL = {
     "quickstart": ["--rows", "6000"],
     "etl": ["--rows", "3000"],
+    "workers": ["--rows", "4000", "--repeat", "1"],
     "slab": ["--rows", "2000", "--repeat", "1"],
     "load": [
         "--rows", "5000", "--batch_size", "1000", "5000", "--repeat", "1", "--seconds", "0.01", "--steps", "2",
@@ -48,6 +49,8 @@ def test_last_line_is_json_with_the_machine(name, tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["bench"] == name and result["machine"]["cores"] >= 1 and result["machine"]["commit"]
+    if name == "workers":
+        assert len(result["turns"]) == 1 and min(result["seconds"].values()) > 0
     if name == "train":
         assert plot.read_bytes().startswith(b"\x89PNG") and "EmbeddingBag" in done.stderr
         first, second = result["measured"]
