@@ -24,6 +24,7 @@ ROW_BYTES = {
     "_insert": 26 * (4 + 8 + 8), "_number": 0, "_collect": 0, "_code": 26 * (2 * 4 + 8 + 8), "_count_buckets": 8,
     "_take_places": 16, "_scatter": 160 + 8 + 168, "_keys": 16, "_finish": 160 + 8 + 8 + 26 * 4 + 160,
     "_recount": 26 * (4 + 16) + 8, "_enter": 0,
+    "_parse_strings": 8 + 4 + 4 + 8, "_parse_integers": 4 + 4, "_parse_floats": 8 + 4,  # and of one column
 }  # fmt: skip
 
 # The same where a look-up or an atomic outside the caches moves a whole sector of 32 bytes.
@@ -74,10 +75,12 @@ def signatures() -> dict:
     from gpu_etl import cuda as functions
     from gpu_etl import cuda_dictionary as dictionary
     from gpu_etl import cuda_encode, cuda_rows
+    from gpu_etl import cuda_parquet as parquet
 
     i4, i8, u4, u8, flag = types.int32[::1], types.int64[::1], types.uint32[::1], types.uint64[::1], types.boolean
     one, whole = types.int64, types.uint64
     text, values, rows = types.uint8[::1], types.uint32[::1, :], types.int32[:, ::1]
+    parsed = values, u8, i4, i4
     return {
         cuda_rows._count_newlines: (text, i4), cuda_rows._write_newlines: (text, i8, i8),
         cuda_rows._parse: (text, i8, values, u8, i4, i4), functions._keep: (values, u8, i8, values, u8),
@@ -89,6 +92,9 @@ def signatures() -> dict:
         dictionary._number: (types.int64[:, ::1], i4, i8, i8, u4, i8),
         dictionary._code: (values, u8, flag, one, i8, i8, i8, u8, i8, i8, one),
         dictionary._recount: (rows, i8, u8, i8, i8), dictionary._enter: (u4, i8, i8, i8, i8, i8),
+        parquet._parse_strings: (text, i4, text, one, *parsed),
+        parquet._parse_integers: (i4, text, one, one, one, one, *parsed),
+        parquet._parse_floats: (types.float64[::1], text, one, *parsed),
     }  # fmt: skip
 
 

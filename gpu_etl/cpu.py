@@ -22,11 +22,13 @@ from gpu_etl.vocabulary import Lookup
 
 __all__ = [
     "Dictionaries", "Finisher", "encode", "find_rows", "group", "host_bytes", "integers", "keep_rows", "labels",
-    "parse", "peak_device_bytes", "rows_of", "set_memory_limit", "set_threads", "shuffled", "summarize", "upload",
+    "parquet_slabs", "parse", "peak_device_bytes", "rows_of", "set_memory_limit", "set_threads", "shuffled",
+    "summarize", "upload",
 ]  # fmt: skip
 
 SLAB_BYTES = 8 << 20  # of text: parsed, it stays in the L3 cache
 ENCODE_ROWS = 1 << 15
+parquet_slabs = None  # Arrow decodes
 
 SHORT_ROW = 128  # bytes; where rows are shorter on average, they are found in a second try
 NEWLINES = np.uint64(0x0A0A0A0A0A0A0A0A)

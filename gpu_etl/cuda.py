@@ -14,6 +14,7 @@ from gpu_etl.cpu import set_threads
 from gpu_etl.cuda_dictionary import Dictionaries
 from gpu_etl.cuda_encode import Finisher, group, rows_of, shuffled
 from gpu_etl.cuda_launch import blocks_for, budget, download, empty, host_bytes, launch, upload_array
+from gpu_etl.cuda_parquet import parquet_slabs
 from gpu_etl.cuda_rows import find_rows, parse
 from gpu_etl.errors import DataError
 from gpu_etl.rows import INT32_MAX
@@ -21,8 +22,9 @@ from gpu_etl.schema import COLUMNS, FIRST_DENSE, FIRST_SPARSE
 from gpu_etl.tally import Summary
 
 __all__ = [
-    "Dictionaries", "Finisher", "find_rows", "group", "host_bytes", "integers", "keep_rows", "labels", "parse",
-    "peak_device_bytes", "require_gpu", "rows_of", "set_memory_limit", "set_threads", "shuffled", "summarize", "upload",
+    "Dictionaries", "Finisher", "find_rows", "group", "host_bytes", "integers", "keep_rows", "labels",
+    "parquet_slabs", "parse", "peak_device_bytes", "require_gpu", "rows_of", "set_memory_limit", "set_threads",
+    "shuffled", "summarize", "upload",
 ]  # fmt: skip
 
 SLAB_BYTES = 64 << 20  # of text: some milliseconds of copying, so that starting kernels costs little beside it

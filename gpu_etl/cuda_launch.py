@@ -53,16 +53,30 @@ def host_bytes(size: int) -> np.ndarray:
     return cuda.pinned_array(size, np.uint8)
 
 
+class Behind:
+    """All that was started so far on a stream."""
+
+    def __init__(self, name: str):
+        self._event = cuda.event()
+        self._event.record(stream(name))
+
+    def wait(self, name: str) -> None:
+        """Let what is started from now on on the stream `name` wait for it."""
+        self._event.wait(stream(name))
+
+    def synchronize(self) -> None:
+        """Wait for it here."""
+        self._event.synchronize()
+
+
 def fetch(array, host: np.ndarray) -> Callable[[], None]:
     """Start to copy a device array to `host`, behind the kernels launched so far. Returns what waits for the end.
 
     The result keeps the array from being freed; `host` must be left alone until then.
     """
-    made, arrived = cuda.event(), cuda.event()
-    made.record(stream("compute"))
-    made.wait(stream("down"))
+    Behind("compute").wait("down")
     array.copy_to_host(host, stream=stream("down"))
-    arrived.record(stream("down"))
+    arrived = Behind("down")
 
     def wait() -> None:
         assert array is not None
@@ -76,13 +90,12 @@ class Upload:
 
     def __init__(self, host: np.ndarray, room):
         self.room, self.bytes = room, room[: len(host)]
-        self._arrived = cuda.event()
         self.bytes.copy_to_device(host, stream=stream("up"))
-        self._arrived.record(stream("up"))
+        self._arrived = Behind("up")
 
     def wait(self) -> None:
         """Let the kernels launched from now on wait for it."""
-        self._arrived.wait(stream("compute"))
+        self._arrived.wait("compute")
 
 
 def sorted_places(keys) -> object:

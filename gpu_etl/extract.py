@@ -1,7 +1,7 @@
 """Day files -> slabs of whole rows, in bounded memory; a thread inflates ahead while earlier slabs are parsed."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -242,18 +242,18 @@ def kind_of(path: Path) -> str:
 
 
 def read_day(
-    source: Source, day: int, slab_bytes: int, skip: int = 0, pool: Pool | None = None
+    source: Source, day: int, slab_bytes: int, skip: int = 0, pool: Pool | None = None, decoded: Callable | None = None
 ) -> Iterator[Slab]:
     """Slabs of one day file: text, gzip, zstd or Parquet, told by its first bytes, not its name; from place `skip` on.
 
-    pool: gives the memory of text.
+    pool: gives the memory of text; decoded: makes slabs of Parquet (parquet.read_parquet), None for Arrow.
 
     Raises DataError where packed data are damaged or end early, and where a Parquet file has not the 40 columns.
     """
     kind = kind_of(source.path)
     if kind == "parquet":
-        from gpu_etl.parquet import read_parquet  # here, as it needs this module, and text does without pyarrow
+        from gpu_etl import parquet  # here, as it needs this module, and text does without pyarrow
 
-        yield from read_parquet(source, day, slab_bytes, skip)
+        yield from parquet.read_parquet(source, day, slab_bytes, skip, decoded or parquet.arrow_slabs)
     else:
         yield from _read_text(source, day, slab_bytes, skip, kind, pool or Pool())

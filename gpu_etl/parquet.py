@@ -1,6 +1,7 @@
 """Parquet day files -> slabs: the same values, missing fields and faults as the text form of the same rows."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 
 from gpu_etl import rows
 from gpu_etl.errors import DataError
-from gpu_etl.extract import ChecksummedFile, Source, skip_bytes
+from gpu_etl.extract import ChecksummedFile, Slab, Source, skip_bytes
 from gpu_etl.faults import EXPECTED, SHOWN
 from gpu_etl.jit import compiled
 from gpu_etl.memory import Reused
@@ -36,11 +37,16 @@ def _parse_hex(data, offsets, empty, numbers, kinds):
         if empty[row] or begin == end:
             empty[row] = True
             continue
-        value, kind, stop = rows.parse_hex(data, begin, end)
-        if stop < end:  # at a tab, which ends a field of text but is no digit here
-            kind = rows.FAULT_HEX
-        numbers[row] = value
-        kinds[row] = kind
+        numbers[row], kinds[row] = rows.hex_string(data, begin, end)
+
+
+@compiled
+def _whole_numbers(found, numbers, kinds):
+    """found float64 [n] -> numbers uint32 [n] and kinds uint8 [n], zeroed beforehand; NaN stays 0."""
+    for row in range(len(found)):
+        if found[row] == found[row]:
+            value, kinds[row] = rows.whole_number(found[row])
+            numbers[row] = value & rows.UINT32_MASK
 
 
 def _strings(array: pa.Array) -> Parsed:
@@ -57,12 +63,10 @@ def _strings(array: pa.Array) -> Parsed:
 
 def _floats(array: pa.Array) -> Parsed:
     """Floats are integers with gaps as pandas keeps them: NaN is a gap too."""
-    numbers = array.cast(pa.float64()).fill_null(np.nan).to_numpy()
-    empty = np.isnan(numbers)
-    whole = np.isfinite(numbers) & (np.floor(numbers) == numbers)
-    in_range = (numbers >= INT32_MIN) & (numbers <= rows.INT32_MAX)
-    kinds = np.where(whole | empty, np.where(in_range | empty, 0, rows.FAULT_RANGE), rows.FAULT_INTEGER)
-    return np.where(whole & in_range, numbers, 0).astype(np.int64).astype(np.uint32), empty, kinds.astype(np.uint8)
+    found = array.cast(pa.float64()).fill_null(np.nan).to_numpy()
+    numbers, kinds = np.zeros(len(found), np.uint32), np.zeros(len(found), np.uint8)
+    _whole_numbers(found, numbers, kinds)
+    return numbers, np.isnan(found), kinds
 
 
 def _integers(array: pa.Array, least: int, most: int, kind: int) -> Parsed:
@@ -113,7 +117,7 @@ class ParquetSlab:
     def parse(self, kernels: ModuleType, memory: Reused) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """values uint32 [n, 40], missing uint64 [n], faults int32 [n] as kernels.parse gives them.
 
-        Always computed on the CPU, where Arrow decodes: nothing of the text parser in `kernels` is used.
+        Computed here, where Arrow decodes: nothing of the text parser in `kernels` is used.
         """
         count = len(self.batch)
         values = memory.empty((COLUMNS, count), np.uint32).T
@@ -180,23 +184,37 @@ def _batches(file: pq.ParquetFile, batch_rows: int, skip: int) -> Iterator[tuple
         raise pa.ArrowInvalid(f"{file.metadata.num_rows} rows by its footer, {ends[-1]} by its row groups, read {end}")
 
 
-def read_parquet(source: Source, day: int, slab_bytes: int, skip: int = 0) -> Iterator[ParquetSlab]:
-    """Slabs of about slab_bytes / 256 rows of a Parquet file, from row `skip` on.
+def arrow_slabs(file: pq.ParquetFile, source: Source, day: int, slab_bytes: int, skip: int) -> Iterator[ParquetSlab]:
+    """Slabs of about slab_bytes / 256 rows, decoded by Arrow."""
+    for end, batch in _batches(file, max(1, slab_bytes // ROW_BYTES), skip):
+        yield ParquetSlab(day, end, batch)
+
+
+def read_parquet(
+    source: Source, day: int, slab_bytes: int, skip: int = 0, decoded: Callable[..., Iterator[Slab]] = arrow_slabs
+) -> Iterator[Slab]:
+    """Slabs of a Parquet file from row `skip` on, as decoded(file, source, day, slab_bytes, skip) makes them.
 
     Columns are told by place: a label (integer or bool), 13 columns of integers (or of floats that hold whole numbers,
     NaN for nothing), 26 of hex strings or of integers of 32 bits, signed or not. Null is empty. Raises DataError for
     another number of columns, other types and damaged files.
     """
     try:
-        # Arrow reads by seeking, so the checksum takes its own way through the file, in step with the rows.
+        # Decoders read by seeking, so the checksum takes its own way through the file, in step with the rows.
         with (
             ChecksummedFile(source) as stored,
             pq.ParquetFile(source.path, buffer_size=READ_BYTES, page_checksum_verification=True) as file,
         ):
             _check(file.schema_arrow, source)
-            for end, batch in _batches(file, max(1, slab_bytes // ROW_BYTES), skip):
-                skip_bytes(stored, source.size * end // file.metadata.num_rows - source.read)
-                yield ParquetSlab(day, end, batch)
+            for slab in decoded(file, source, day, slab_bytes, skip):
+                skip_bytes(stored, source.size * slab.end // file.metadata.num_rows - source.read)
+                yield slab
             skip_bytes(stored, source.size - source.read)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last from damaged names of columns
         raise DataError(f"{source.path}: damaged or cut-off Parquet file ({error}); fetch it again") from error
+
+
+def describe_row(source: Source, row: int, code: int) -> str:
+    """Words for the fault `code` of row `row` of a Parquet file."""
+    with closing(read_parquet(Source(source.path, source.size), 0, ROW_BYTES, row)) as slabs:
+        return next(slabs).describe(0, code)

@@ -21,6 +21,7 @@ INT32_MAX = 2**31 - 1
 UINT32_MASK = 0xFFFFFFFF
 HEX_DIGITS = 8
 ONES = 0x0101010101010101
+INFINITY = np.inf
 HIGH_NIBBLES = -0x0F0F0F0F0F0F0F10  # 0xF0 in each byte, as a signed number
 
 # Kinds of fault; parse_row returns kind * FAULT_STRIDE + column, or 0 for a good row.
@@ -119,6 +120,38 @@ def parse_hex(text, position, end):
     if position - first > HEX_DIGITS:
         return 0, FAULT_RANGE, position
     return value, 0, position
+
+
+@scalar
+def hex_string(data, begin, end):
+    """data[begin:end], not empty, all of which must be one to eight hex digits -> (value, fault kind)."""
+    value, kind, stop = parse_hex(data, begin, end)
+    if stop < end:  # at a tab, which ends a field of text but is no digit here
+        return 0, FAULT_HEX
+    return value, kind
+
+
+@scalar
+def whole_number(number):
+    """A float64 other than NaN that must be a whole number of 32 bits -> (integer, fault kind)."""
+    if number in (INFINITY, -INFINITY) or (-(2.0**53) < number < 2.0**53 and np.int64(number) != number):
+        return 0, FAULT_INTEGER
+    if number < -INT32_MAX - 1 or number > INT32_MAX:
+        return 0, FAULT_RANGE
+    return np.int64(number), 0
+
+
+@scalar
+def is_valid(valid, row):
+    """Whether `row` is not null by an Arrow bitmask, uint8 [bytes]; no bytes where no row is."""
+    return len(valid) == 0 or valid[row >> 3] >> (row & 7) & 1 == 1
+
+
+@scalar
+def put_empty(row, column, values, missing):
+    """Note in values uint32 [n, 40] and missing uint64 [n] that a column of a row is empty."""
+    values[row, column] = 0
+    missing[row] |= np.uint64(1) << np.uint64(column)
 
 
 @scalar

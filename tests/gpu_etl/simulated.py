@@ -12,6 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from numba import config
 
@@ -22,13 +24,16 @@ if SIMULATED:
     cuda_launch.THREADS = 8  # a thread of the simulator is one of the operating system
     warnings.filterwarnings("ignore", "overflow encountered")  # uint64 wraps around, as it should
 
-from gpu_etl import cpu, cuda, cuda_dictionary, cuda_launch  # noqa: E402 - after THREADS
+from gpu_etl import cpu, cuda, cuda_dictionary, cuda_launch, cuda_parquet  # noqa: E402 - after THREADS
 from gpu_etl.errors import DeviceMemoryError  # noqa: E402
+from gpu_etl.extract import open_sources, read_day  # noqa: E402
 from gpu_etl.memory import Reused  # noqa: E402
+from gpu_etl.parquet import ROW_BYTES, _plain  # noqa: E402
 from gpu_etl.pipeline import Settings, encode_days  # noqa: E402
 from gpu_etl.schema import choose_preset  # noqa: E402
 from gpu_etl.spill import first_number  # noqa: E402
 from tests import reference  # noqa: E402
+from tests.gpu_etl import test_inputs as inputs  # noqa: E402
 
 ROWS = 40 if SIMULATED else 200_000
 if SIMULATED:
@@ -172,6 +177,83 @@ def encode() -> None:
                 encode_days(days, out, Settings(preset=preset, device=device, slab_bytes=slab_bytes, threads=1, **more))
                 found.append({p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(out.iterdir())})
             assert found[0] == found[1], name
+
+
+def decoded_by_arrow(source, slab_bytes, skip):
+    """What libcudf does on a GPU: the same layout of columns, out of Arrow's buffers."""
+    for batch in pq.ParquetFile(source.path).iter_batches(max(1, slab_bytes // ROW_BYTES)):
+        left = max(0, len(batch) - skip)
+        skip -= len(batch) - left
+        if left:
+            behind = np.arange(len(batch) - left, len(batch))
+            columns = [narrow(_plain(column)).take(behind) for column in batch.columns]
+            yield [field_of(column) for column in columns], left, batch.nbytes
+
+
+def narrow(column: pa.Array) -> pa.Array:
+    return column.cast(pa.large_string()) if pa.types.is_string_view(column.type) else column
+
+
+def field_of(column: pa.Array) -> cuda_parquet.Field:
+    mask, *offsets, data = column.buffers()
+    wide = pa.types.is_large_string(column.type)
+    text = bool(offsets)
+    numbers = np.frombuffer(data or b"", np.uint8 if text else column.type.to_pandas_dtype())
+    return cuda_parquet.Field(
+        cuda.upload_array(numbers[: None if text else len(column)]),
+        cuda.upload_array(np.frombuffer(offsets[0], np.int64 if wide else np.int32)) if text else None,
+        cuda.upload_array(np.frombuffer(mask or b"", np.uint8)),
+    )
+
+
+def parquet() -> None:
+    """Slabs, faults and words of the two ways to read the same files; then whole data sets."""
+    if SIMULATED:
+        cuda_parquet._decoded = decoded_by_arrow
+    lines = inputs.LINES[:ROWS]
+    columns = [[line[c] for line in lines] for c in range(40)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "day"
+        for label in range(4):
+            ways = [("label", label), *(("dense", c) for c in range(13)), *(("sparse", c) for c in range(26))]
+            ways = [inputs.WAYS[part][number % len(inputs.WAYS[part])] for part, number in ways]
+            arrays = [inputs.array_of(fields, *way) for fields, way in zip(columns, ways, strict=True)]
+            inputs.write_parquet(path, arrays, row_group_size=17)
+            for skip in (0, 7, 17, len(lines)) if label == 0 else (0,):
+                same_slabs(path, skip)
+        for _, arrays in inputs.FAULTS:
+            table = inputs.table_of([inputs.row_of({})] * 3)
+            for place, array in arrays.items():
+                table[place] = pa.concat_arrays([table[place].slice(0, 1).cast(array.type), array, array])
+            inputs.write_parquet(path, table)
+            same_slabs(path, 0)
+        days = [inputs.write_parquet(Path(folder) / f"day_{day}", inputs.table_of(lines)) for day in range(2)]
+        found = []
+        for device in ("cpu", "cuda"):
+            encode_days(days, Path(folder) / device, Settings(device=device, slab_bytes=256 * 15, threads=1))
+            found.append({p.name: p.read_bytes() for p in sorted((Path(folder) / device).iterdir())})
+        assert found[0] == found[1]
+
+
+def same_slabs(path: Path, skip: int) -> None:
+    """Both ways give the same rows, faults and words behind `skip`."""
+    results = []
+    for kernels in (cpu, cuda):
+        (source,) = open_sources([path])
+        values, missing, words = [], [], []
+        for slab in read_day(source, 0, 256 * 15, skip, decoded=kernels.parquet_slabs):
+            slab.prepare(kernels)
+            found, empty, faults = slab.parse(kernels, Reused())
+            good = faults == 0
+            values.append((columns_of(found) if kernels is cuda else found)[good])
+            missing.append((cuda.download(empty) if kernels is cuda else empty)[good])
+            words += [slab.describe(row, faults[row]) for row in np.flatnonzero(faults)]
+            end = slab.end
+            slab.release()
+        assert source.read == source.size and (not values or end == pq.ParquetFile(path).metadata.num_rows)
+        rows = [row for array in (*values, *missing) for row in array.tolist()]
+        results.append((rows, words, source.crc32))
+    assert results[0] == results[1]
 
 
 def memory_limit() -> None:

@@ -1,0 +1,213 @@
+"""Parquet day files on a GPU: libcudf decodes the columns there, a kernel a column makes parsed rows of them.
+
+Values, missing fields and faults are those of parquet.py. Strings go through the digits' parser of rows.py.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+from numba import cuda
+
+from gpu_etl import rows
+from gpu_etl.cuda_launch import Behind, blocks_for, budget, download, empty, launch, stream, upload_array
+from gpu_etl.cuda_rows import SLAB_FACTOR
+from gpu_etl.errors import DataError
+from gpu_etl.extract import Source
+from gpu_etl.parquet import INT32_MIN, ROW_BYTES, describe_row
+from gpu_etl.schema import COLUMNS, FIRST_SPARSE
+
+PASS_FACTOR = 4  # packed and decoded pages that libcudf holds at a time, per byte of what it gives out; a soft limit
+
+
+class Field(NamedTuple):
+    """A decoded column of n rows on the device, in Arrow's layout. data: its numbers, or the bytes of all strings,
+    uint8; offsets: int32 or int64 [n + 1], None for numbers; valid: uint8, bit i says that row i is not null; no bytes
+    where none is."""
+
+    data: object
+    offsets: object
+    valid: object
+
+
+@cuda.jit
+def _parse_strings(data, offsets, valid, column, values, missing, faults, bad):
+    """One thread a row, as the two kernels below: values[row, column], bit `column` of missing[row], the row's first
+    fault. Moves 8 bytes of digits and 4 + 4 of offset and value a row."""
+    row = cuda.grid(1)
+    if row < len(missing):
+        begin, end = np.int64(offsets[row]), np.int64(offsets[row + 1])
+        if begin == end or not rows.is_valid(valid, row):
+            rows.put_empty(row, column, values, missing)
+        else:
+            value, kind = rows.hex_string(data, begin, end)
+            values[row, column] = value
+            if kind and not faults[row]:
+                faults[row] = kind * rows.FAULT_STRIDE + column
+                cuda.atomic.add(bad, 0, 1)
+
+
+@cuda.jit
+def _parse_integers(data, valid, column, least, most, fault, values, missing, faults, bad):
+    """`fault`: the kind of numbers below `least` or above `most`; of a null, too, where it is a label's."""
+    row = cuda.grid(1)
+    if row < len(missing):
+        is_valid, kind = rows.is_valid(valid, row), 0
+        if is_valid:
+            number = data[row]
+            values[row, column] = np.int64(number) & rows.UINT32_MASK
+            if number < least or number > most:
+                kind = fault
+        else:
+            rows.put_empty(row, column, values, missing)
+            if column == 0:
+                kind = fault
+        if kind and not faults[row]:
+            faults[row] = kind * rows.FAULT_STRIDE + column
+            cuda.atomic.add(bad, 0, 1)
+
+
+@cuda.jit
+def _parse_floats(data, valid, column, values, missing, faults, bad):
+    """Integers with gaps as pandas keeps them: NaN is a gap too."""
+    row = cuda.grid(1)
+    if row < len(missing):
+        number = np.float64(data[row])
+        if not rows.is_valid(valid, row) or number != number:
+            rows.put_empty(row, column, values, missing)
+        else:
+            value, kind = rows.whole_number(number)
+            values[row, column] = value & rows.UINT32_MASK
+            if kind and not faults[row]:
+                faults[row] = kind * rows.FAULT_STRIDE + column
+                cuda.atomic.add(bad, 0, 1)
+
+
+def parse_fields(fields: Sequence[Field], count: int):
+    """Parse 40 columns of `count` rows. Returns values uint32 [n, 40] and missing uint64 [n] on the device, faults
+    int32 [n] on the host."""
+    values, bad = empty((count, COLUMNS), np.uint32, "F"), upload_array(np.zeros(1, np.int32))
+    missing, faults = upload_array(np.zeros(count, np.uint64)), upload_array(np.zeros(count, np.int32))
+    for column, (data, offsets, valid) in enumerate(fields):
+        found = values, missing, faults, bad
+        if offsets is not None:
+            launch(_parse_strings, blocks_for(count), data, offsets, valid, column, *found)
+        elif np.dtype(data.dtype).kind == "f":
+            launch(_parse_floats, blocks_for(count), data, valid, column, *found)
+        else:
+            least, most, fault = _limits(column)
+            launch(_parse_integers, blocks_for(count), data, valid, column, least, most, fault, *found)
+    some_bad = bool(download(bad)[0])
+    return values, missing, download(faults) if some_bad else np.zeros(count, np.int32)
+
+
+def _limits(column: int) -> tuple[int, int, int]:
+    """Least and most of an integer column, and the kind of fault beyond."""
+    if column == 0:
+        return 0, 1, rows.FAULT_LABEL
+    return INT32_MIN, rows.INT32_MAX if column < FIRST_SPARSE else rows.UINT32_MASK, rows.FAULT_RANGE
+
+
+@dataclass
+class DeviceSlab:
+    """Some decoded rows of a Parquet file, a slab as of extract.Slab. `end` counts rows."""
+
+    day: int
+    end: int
+    source: Source
+    count: int
+    fields: Sequence[Field] | None
+    decoded: Behind
+
+    def prepare(self, kernels) -> None:
+        """Nothing to do: the rows are decoded."""
+
+    def parse(self, kernels, memory):
+        """See extract.Slab."""
+        budget.take("a slab's buffers", SLAB_FACTOR * ROW_BYTES * self.count)
+        self.decoded.wait("compute")
+        return parse_fields(self.fields, self.count)
+
+    def release(self) -> None:
+        """See extract.Slab. parse() has waited for its kernels: libcudf may use the columns' memory again."""
+        self.fields = None
+
+    def describe(self, row: int, code: int) -> str:
+        """See extract.Slab; the row is read again."""
+        return describe_row(self.source, self.end - self.count + row, code)
+
+
+class _View:
+    """Device memory that `owner` keeps alive, for Numba."""
+
+    def __init__(self, owner, pointer: int, count: int, dtype: np.dtype):
+        self._owner = owner
+        self.__cuda_array_interface__ = {
+            "version": 3, "shape": (count,), "typestr": dtype.str, "data": (pointer, False), "strides": None,
+        }  # fmt: skip
+
+
+def _array(span, count: int, dtype):
+    """`count` items of a libcudf buffer, which may be missing where there are none."""
+    dtype = np.dtype(dtype)
+    if span is None or not count:
+        return empty(count, dtype)
+    return cuda.as_cuda_array(_View(span, span.ptr, count, dtype), sync=False)
+
+
+def _field(column) -> Field:
+    """A column of libcudf."""
+    count, mask = column.size(), column.null_mask()
+    valid = _array(mask, (count + 7) // 8 if mask is not None else 0, np.uint8)
+    kind = column.type().id().name
+    if kind == "STRING":
+        offsets = column.child(0)
+        width = np.dtype(offsets.type().id().name.lower())
+        data = column.data()
+        return Field(
+            _array(data, data.size if data is not None else 0, np.uint8),
+            _array(offsets.data(), count + 1, width), valid,
+        )  # fmt: skip
+    if column.null_count() == count:
+        return Field(empty(count, np.int8), None, valid)
+    return Field(_array(column.data(), count, np.uint8 if kind == "BOOL8" else kind.lower()), None, valid)
+
+
+def _decoded(source: Source, slab_bytes: int, skip: int) -> Iterator[tuple[list[Field], int, int]]:
+    """Columns, rows and bytes of some rows after another, decoded on the stream "read"."""
+    try:
+        import pylibcudf
+    except ImportError as error:
+        raise DataError(
+            f"{source.path}: Parquet on a GPU is decoded by cuDF, which is missing ({error}); "
+            "`pip install -r requirements-gpu.txt`, or --device cpu"
+        ) from error
+    info = pylibcudf.io.SourceInfo([str(source.path)])
+    options = pylibcudf.io.parquet.ParquetReaderOptions.builder(info).build()
+    options.set_skip_rows(skip)
+    try:
+        reader = pylibcudf.io.parquet.ChunkedParquetReader(
+            options, stream=stream("read"), chunk_read_limit=slab_bytes, pass_read_limit=PASS_FACTOR * slab_bytes
+        )
+        while reader.has_next():
+            columns = reader.read_chunk().columns
+            size = sum(column.device_buffer_size() for column in columns)
+            yield [_field(column) for column in columns], columns[0].size(), size
+    except RuntimeError as error:  # of libcudf, for all that it cannot read
+        raise DataError(f"{source.path}: cuDF cannot read this Parquet file ({error}); try --device cpu") from error
+
+
+def parquet_slabs(file: pq.ParquetFile, source: Source, day: int, slab_bytes: int, skip: int) -> Iterator[DeviceSlab]:
+    """See parquet.read_parquet. libcudf chooses how many rows a slab has, by its bytes: ROW_BYTES a row of text are
+    about as many on the device."""
+    end = skip
+    if end == file.metadata.num_rows:
+        return
+    for fields, count, size in _decoded(source, max(slab_bytes, ROW_BYTES), skip):
+        budget.take("Parquet columns", 2 * size)  # those being parsed, and the next ones
+        end += count
+        yield DeviceSlab(day, end, source, count, fields, Behind("read"))
+    if end != file.metadata.num_rows:
+        raise DataError(f"{source.path}: {file.metadata.num_rows} rows by its footer, {end} read; fetch it again")
