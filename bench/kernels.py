@@ -25,6 +25,7 @@ ROW_BYTES = {
     "_take_places": 16, "_scatter": 160 + 8 + 168, "_keys": 16, "_finish": 160 + 8 + 8 + 26 * 4 + 160,
     "_recount": 26 * (4 + 16) + 8, "_enter": 0,
     "_parse_strings": 8 + 4 + 4 + 8, "_parse_integers": 4 + 4, "_parse_floats": 8 + 4,  # and of one column
+    "_checksums": TEXT_ROW,
 }  # fmt: skip
 
 # The same where a look-up or an atomic outside the caches moves a whole sector of 32 bytes.
@@ -74,7 +75,7 @@ def signatures() -> dict:
 
     from gpu_etl import cuda as functions
     from gpu_etl import cuda_dictionary as dictionary
-    from gpu_etl import cuda_encode, cuda_rows
+    from gpu_etl import cuda_direct, cuda_encode, cuda_rows
     from gpu_etl import cuda_parquet as parquet
 
     i4, i8, u4, u8, flag = types.int32[::1], types.int64[::1], types.uint32[::1], types.uint64[::1], types.boolean
@@ -94,7 +95,7 @@ def signatures() -> dict:
         dictionary._recount: (rows, i8, u8, i8, i8), dictionary._enter: (u4, i8, i8, i8, i8, i8),
         parquet._parse_strings: (text, i4, text, one, *parsed),
         parquet._parse_integers: (i4, text, one, one, one, one, *parsed),
-        parquet._parse_floats: (types.float64[::1], text, one, *parsed),
+        cuda_direct._checksums: (text, u4, u4), parquet._parse_floats: (types.float64[::1], text, one, *parsed),
     }  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def _read(
     kernels: ModuleType, source: Source, day: int, slab_bytes: int, skip: int, pool: Pool
 ) -> Iterator[Slab | _DayEnd]:
     """Slabs of a day from `skip` on, ready to parse, and a _DayEnd behind them."""
-    for slab in read_day(source, day, slab_bytes, skip, pool, kernels.parquet_slabs):
+    for slab in read_day(source, day, slab_bytes, skip, pool, kernels.readers()):
         slab.prepare(kernels)
         yield slab
     yield _DayEnd(day)

@@ -22,13 +22,12 @@ from gpu_etl.vocabulary import Lookup
 
 __all__ = [
     "Dictionaries", "Finisher", "encode", "find_rows", "group", "host_bytes", "integers", "keep_rows", "labels",
-    "parquet_slabs", "parse", "peak_device_bytes", "rows_of", "set_memory_limit", "set_threads", "shuffled",
+    "parse", "peak_device_bytes", "readers", "rows_of", "set_memory_limit", "set_threads", "shuffled",
     "summarize", "upload",
 ]  # fmt: skip
 
 SLAB_BYTES = 8 << 20  # of text: parsed, it stays in the L3 cache
 ENCODE_ROWS = 1 << 15
-parquet_slabs = None  # Arrow decodes
 
 SHORT_ROW = 128  # bytes; where rows are shorter on average, they are found in a second try
 NEWLINES = np.uint64(0x0A0A0A0A0A0A0A0A)
@@ -49,6 +48,11 @@ def set_memory_limit(limit: int) -> None:
     """Raise DataError for a limit other than 0: it is for the memory of a GPU."""
     if limit:
         raise DataError(f"--memory-limit {limit}: only with --device cuda; the CPU's memory is bounded by --slab-bytes")
+
+
+def readers() -> dict:
+    """Ways of its own to read a kind of day file: none, extract.read_day has them."""
+    return {}
 
 
 def peak_device_bytes() -> int:

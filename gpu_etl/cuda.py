@@ -5,25 +5,28 @@ faults, labels, counts and finished rows come back. Everything is integers, so t
 """
 
 import importlib.util
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numba import config, cuda
 
-from gpu_etl import rows
+from gpu_etl import cuda_direct, rows
 from gpu_etl.cpu import set_threads
 from gpu_etl.cuda_dictionary import Dictionaries
+from gpu_etl.cuda_direct import direct_slabs
 from gpu_etl.cuda_encode import Finisher, group, rows_of, shuffled
 from gpu_etl.cuda_launch import blocks_for, budget, download, empty, host_bytes, launch, upload_array
 from gpu_etl.cuda_parquet import parquet_slabs
 from gpu_etl.cuda_rows import find_rows, parse
 from gpu_etl.errors import DataError
+from gpu_etl.extract import Slab
 from gpu_etl.rows import INT32_MAX
 from gpu_etl.schema import COLUMNS, FIRST_DENSE, FIRST_SPARSE
 from gpu_etl.tally import Summary
 
 __all__ = [
     "Dictionaries", "Finisher", "find_rows", "group", "host_bytes", "integers", "keep_rows", "labels",
-    "parquet_slabs", "parse", "peak_device_bytes", "require_gpu", "rows_of", "set_memory_limit", "set_threads",
+    "parse", "peak_device_bytes", "readers", "require_gpu", "rows_of", "set_memory_limit", "set_threads",
     "shuffled", "summarize", "upload",
 ]  # fmt: skip
 
@@ -48,6 +51,11 @@ def require_gpu() -> None:
 def set_memory_limit(limit: int) -> None:
     """Hold the device memory that the functions here take under so many bytes, 0: no limit."""
     budget.limit = limit
+
+
+def readers() -> dict[str, Callable[..., Iterator[Slab]]]:
+    """Ways of its own to read a kind of day file: Parquet, and plain text where storage can be read directly."""
+    return {"parquet": parquet_slabs} | ({"text": direct_slabs} if cuda_direct.is_there() else {})
 
 
 def peak_device_bytes() -> int:

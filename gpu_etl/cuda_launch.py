@@ -86,10 +86,11 @@ def fetch(array, host: np.ndarray) -> Callable[[], None]:
 
 
 class Upload:
-    """Host memory on its way to the device: bytes uint8 [n], pinned, copied into `room`, uint8 [n or more]."""
+    """Host memory on its way to the device: bytes uint8 [n], pinned, copied into `room`, uint8 [n or more]. last: the
+    last byte."""
 
     def __init__(self, host: np.ndarray, room):
-        self.room, self.bytes = room, room[: len(host)]
+        self.room, self.bytes, self.last = room, room[: len(host)], int(host[-1])
         self.bytes.copy_to_device(host, stream=stream("up"))
         self._arrived = Behind("up")
 

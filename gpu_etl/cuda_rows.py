@@ -84,12 +84,22 @@ def _parse(text, ends, values, missing, faults, bad):
 _rooms = Pool(text_room)
 
 
+def take_room(size: int):
+    """Device memory for text, uint8 [size or more], which parse() or give_room() takes back."""
+    return _rooms.take(1 << (size - 1).bit_length())
+
+
+def give_room(room) -> None:
+    """Take back what take_room() gave; nothing on the device may read it any more."""
+    _rooms.give(room)
+
+
 def find_rows(text: np.ndarray) -> Upload | None:
     """Start to bring a slab of text, uint8 [bytes] in pinned memory, to the device, where parse finds its rows.
 
     The CPU's twin finds them; both run in the thread that reads ahead.
     """
-    return Upload(text, _rooms.take(1 << (len(text) - 1).bit_length())) if len(text) else None
+    return Upload(text, take_room(len(text))) if len(text) else None
 
 
 def _rows_on_device(text, last: int):
@@ -106,19 +116,19 @@ def _rows_on_device(text, last: int):
     return ends
 
 
-def parse(text: np.ndarray, uploaded: Upload | None, memory: Reused | None = None):
-    """Parse a slab of text, uint8 [bytes] on the host, and by find_rows on the device. Returns values and missing on
-    the device, faults on the host."""
+def parse(text: np.ndarray | None, uploaded: Upload | None, memory: Reused | None = None):
+    """Parse a slab of text that find_rows brought to the device (its copy on the host is not looked at). Returns values
+    and missing on the device, faults on the host."""
     values = empty((0, COLUMNS), np.uint32, "F")
     if uploaded is None:
         return values, empty(0, np.uint64), np.empty(0, np.int32)
-    budget.take("a slab's buffers", SLAB_FACTOR * len(text))
+    budget.take("a slab's buffers", SLAB_FACTOR * len(uploaded.bytes))
     uploaded.wait()
-    ends = _rows_on_device(uploaded.bytes, int(text[-1]))
+    ends = _rows_on_device(uploaded.bytes, uploaded.last)
     count = len(ends)
     values, missing, faults = empty((count, COLUMNS), np.uint32, "F"), empty(count, np.uint64), empty(count, np.int32)
     bad = upload_array(np.zeros(1, np.int32))
     launch(_parse, blocks_for(count), uploaded.bytes, ends, values, missing, faults, bad)
     some_bad = bool(download(bad)[0])  # waits for the kernel: the text's memory is free now
-    _rooms.give(uploaded.room)
+    give_room(uploaded.room)
     return values, missing, download(faults) if some_bad else np.zeros(count, np.int32)

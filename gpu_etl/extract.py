@@ -1,10 +1,10 @@
 """Day files -> slabs of whole rows, in bounded memory; a thread inflates ahead while earlier slabs are parsed."""
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Protocol
 
 import numpy as np
@@ -192,6 +192,14 @@ def skip_bytes(stream, count: int) -> None:
         count -= done
 
 
+def too_long(path: Path, slab_bytes: int) -> DataError:
+    """The error of a slab without a newline."""
+    return DataError(
+        f"{path}: no end of row within {slab_bytes} bytes; expected rows of about 250 bytes. "
+        "If the file is right, raise --slab-bytes"
+    )
+
+
 def _cut(stream, path: Path, day: int, slab_bytes: int, end: int, pool: Pool) -> Iterator[TextSlab]:
     """Slabs of at most `slab_bytes`, each but the last ending with a newline; the rest of a row moves to the next.
 
@@ -208,10 +216,7 @@ def _cut(stream, path: Path, day: int, slab_bytes: int, end: int, pool: Pool) ->
             return
         newline = _last_newline(buffer)
         if newline < 0:
-            raise DataError(
-                f"{path}: no end of row within {slab_bytes} bytes; expected rows of about 250 bytes. "
-                "If the file is right, raise --slab-bytes"
-            )
+            raise too_long(path, slab_bytes)
         rest = buffer[newline + 1 :].copy()
         end += newline + 1
         yield TextSlab(day, end, buffer[: newline + 1], pool)
@@ -242,11 +247,13 @@ def kind_of(path: Path) -> str:
 
 
 def read_day(
-    source: Source, day: int, slab_bytes: int, skip: int = 0, pool: Pool | None = None, decoded: Callable | None = None
-) -> Iterator[Slab]:
+    source: Source, day: int, slab_bytes: int, skip: int = 0, pool: Pool | None = None,
+    readers: Mapping[str, Callable[..., Iterator[Slab]]] = MappingProxyType({}),
+) -> Iterator[Slab]:  # fmt: skip
     """Slabs of one day file: text, gzip, zstd or Parquet, told by its first bytes, not its name; from place `skip` on.
 
-    pool: gives the memory of text; decoded: makes slabs of Parquet (parquet.read_parquet), None for Arrow.
+    pool: gives the memory of text; readers: a device's own ways to read a kind of file (cuda.readers), in place of
+    those here.
 
     Raises DataError where packed data are damaged or end early, and where a Parquet file has not the 40 columns.
     """
@@ -254,6 +261,8 @@ def read_day(
     if kind == "parquet":
         from gpu_etl import parquet  # here, as it needs this module, and text does without pyarrow
 
-        yield from parquet.read_parquet(source, day, slab_bytes, skip, decoded or parquet.arrow_slabs)
+        yield from parquet.read_parquet(source, day, slab_bytes, skip, readers.get(kind, parquet.arrow_slabs))
+    elif kind in readers:
+        yield from readers[kind](source, day, slab_bytes, skip)
     else:
         yield from _read_text(source, day, slab_bytes, skip, kind, pool or Pool())

@@ -7,9 +7,11 @@ import hashlib
 import sys
 import tempfile
 import warnings
+import zlib
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -24,9 +26,17 @@ if SIMULATED:
     cuda_launch.THREADS = 8  # a thread of the simulator is one of the operating system
     warnings.filterwarnings("ignore", "overflow encountered")  # uint64 wraps around, as it should
 
-from gpu_etl import cpu, cuda, cuda_dictionary, cuda_launch, cuda_parquet  # noqa: E402 - after THREADS
-from gpu_etl.errors import DeviceMemoryError  # noqa: E402
-from gpu_etl.extract import open_sources, read_day  # noqa: E402
+from gpu_etl import (  # noqa: E402 - after THREADS
+    counting,
+    cpu,
+    cuda,
+    cuda_dictionary,
+    cuda_direct,
+    cuda_launch,
+    cuda_parquet,
+)
+from gpu_etl.errors import DataError, DeviceMemoryError  # noqa: E402
+from gpu_etl.extract import Source, open_sources, read_day  # noqa: E402
 from gpu_etl.memory import Reused  # noqa: E402
 from gpu_etl.parquet import ROW_BYTES, _plain  # noqa: E402
 from gpu_etl.pipeline import Settings, encode_days  # noqa: E402
@@ -220,28 +230,33 @@ def parquet() -> None:
             arrays = [inputs.array_of(fields, *way) for fields, way in zip(columns, ways, strict=True)]
             inputs.write_parquet(path, arrays, row_group_size=17)
             for skip in (0, 7, 17, len(lines)) if label == 0 else (0,):
-                same_slabs(path, skip)
+                same_slabs(path, skip, 256 * 15, len(lines))
         for _, arrays in inputs.FAULTS:
             table = inputs.table_of([inputs.row_of({})] * 3)
             for place, array in arrays.items():
                 table[place] = pa.concat_arrays([table[place].slice(0, 1).cast(array.type), array, array])
             inputs.write_parquet(path, table)
-            same_slabs(path, 0)
+            same_slabs(path, 0, 256 * 15, 3)
         days = [inputs.write_parquet(Path(folder) / f"day_{day}", inputs.table_of(lines)) for day in range(2)]
-        found = []
-        for device in ("cpu", "cuda"):
-            encode_days(days, Path(folder) / device, Settings(device=device, slab_bytes=256 * 15, threads=1))
-            found.append({p.name: p.read_bytes() for p in sorted((Path(folder) / device).iterdir())})
-        assert found[0] == found[1]
+        same_sets(days, Path(folder), 256 * 15)
 
 
-def same_slabs(path: Path, skip: int) -> None:
-    """Both ways give the same rows, faults and words behind `skip`."""
+def same_sets(days: list[Path], folder: Path, slab_bytes: int) -> None:
+    """CPU and device write the same files."""
+    found = []
+    for device in ("cpu", "cuda"):
+        encode_days(days, folder / device, Settings(device=device, slab_bytes=slab_bytes, threads=1))
+        found.append({p.name: p.read_bytes() for p in sorted((folder / device).iterdir())})
+    assert found[0] == found[1]
+
+
+def same_slabs(path: Path, skip: int, slab_bytes: int, size: int) -> None:
+    """Both ways give the same rows, faults and words behind `skip` of `size` (bytes or rows)."""
     results = []
     for kernels in (cpu, cuda):
         (source,) = open_sources([path])
         values, missing, words = [], [], []
-        for slab in read_day(source, 0, 256 * 15, skip, decoded=kernels.parquet_slabs):
+        for slab in read_day(source, 0, slab_bytes, skip, readers=kernels.readers()):
             slab.prepare(kernels)
             found, empty, faults = slab.parse(kernels, Reused())
             good = faults == 0
@@ -250,10 +265,57 @@ def same_slabs(path: Path, skip: int) -> None:
             words += [slab.describe(row, faults[row]) for row in np.flatnonzero(faults)]
             end = slab.end
             slab.release()
-        assert source.read == source.size and (not values or end == pq.ParquetFile(path).metadata.num_rows)
+        assert source.read == source.size and (not values or end == size)
         rows = [row for array in (*values, *missing) for row in array.tolist()]
         results.append((rows, words, source.crc32))
     assert results[0] == results[1]
+
+
+class CuFile:
+    """What kvikio.CuFile does where nothing is read directly, in place of KvikIO, which wants a GPU's driver."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def pread(self, buffer, size: int, file_offset: int):
+        assert file_offset % cuda_direct.PAGE == 0 and len(buffer) == size
+        found = np.fromfile(self._path, np.uint8, size, offset=file_offset)
+        buffer[: len(found)].copy_to_device(found)
+        return SimpleNamespace(get=lambda: len(found))
+
+    def close(self) -> None:
+        pass
+
+
+def direct() -> None:
+    """Slabs read directly: their text, checksum and words for faults; resuming; whole data sets."""
+    assert not cuda_direct.is_there() or not SIMULATED
+    sys.modules["kvikio"] = SimpleNamespace(CuFile=CuFile)
+    cuda_direct.is_there = lambda: True
+    plain = texts()["ragged"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "day"
+        for text in (plain, plain[:-1], plain + texts()["bad rows"]):
+            path.write_bytes(text)
+            for skip in (0, 1 + plain.index(b"\n"), len(plain) // 2 + plain[len(plain) // 2 :].index(b"\n") + 1):
+                same_slabs(path, skip, 3000, len(text))
+        for part in (Source(path, 2000, 100), Source(path, len(text) - 77, 77)):
+            slabs = list(cuda_direct.direct_slabs(part, 0, 900, 0))
+            found = b"".join(cuda.download(slab.text.bytes).tobytes() for slab in slabs)
+            assert found == text[part.begin : part.begin + part.size] and part.crc32 == zlib.crc32(found)
+        path.write_bytes(b"1" * 5000)
+        with pytest.raises(DataError, match="no end of row within 3000 bytes"):
+            list(cuda_direct.direct_slabs(*open_sources([path]), 0, 3000, 0))
+        (source,) = open_sources([path])
+        path.write_bytes(plain[:3000])
+        with pytest.raises(DataError, match="2000 bytes fewer than when it was opened"):
+            list(cuda_direct.direct_slabs(source, 0, 8000, 0))
+        if SIMULATED:  # kernels of two threads at a time are beyond it
+            counting.side_by_side = lambda sources, *_: chain.from_iterable(sources)
+        days = [Path(folder) / f"day_{day}" for day in range(2)]
+        for day, path in enumerate(days):
+            path.write_bytes(reference.write_rows(seed=day, rows=ROWS))
+        same_sets(days, Path(folder), 4000)
 
 
 def memory_limit() -> None:

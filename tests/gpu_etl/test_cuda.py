@@ -13,16 +13,16 @@ from gpu_etl import cpu
 from gpu_etl.__main__ import main
 from tests.conftest import ROOT
 
-CASES = ["parse", "slab_functions", "dictionaries", "finish", "encode", "memory_limit", "parquet"]
+CASES = ["parse", "slab_functions", "dictionaries", "finish", "encode", "memory_limit", "parquet", "direct"]
 
 COMPILE = """
 import sys
 from bench import kernels
-from gpu_etl import cuda, cuda_dictionary, cuda_encode, cuda_parquet, cuda_rows
+from gpu_etl import cuda, cuda_dictionary, cuda_direct, cuda_encode, cuda_parquet, cuda_rows
 
 capability = tuple(int(number) for number in sys.argv[1].split("."))
 launched = {kernel.py_func.__name__ for kernel in kernels.signatures()}
-every = {k.py_func.__name__ for module in (cuda, cuda_dictionary, cuda_encode, cuda_parquet, cuda_rows)
+every = {k.py_func.__name__ for module in (cuda, cuda_dictionary, cuda_direct, cuda_encode, cuda_parquet, cuda_rows)
          for k in vars(module).values()
          if hasattr(k, "py_func") and type(k).__module__.startswith("numba.cuda")}
 assert every == launched == set(kernels.ROW_BYTES), every ^ launched
@@ -48,14 +48,14 @@ def test_in_the_simulator(case):
 
 @pytest.mark.parametrize("capability", ["8.0", "9.0", "10.0"])
 def test_every_kernel_compiles(capability):
-    assert "compiled 20" in run(["-c", COMPILE, capability])
+    assert "compiled 21" in run(["-c", COMPILE, capability])
 
 
 def test_no_kernel_spills_registers():
     if not shutil.which("ptxas"):
         pytest.skip("no ptxas on the PATH")
     kernels = json.loads(run(["-m", "bench", "kernels"]).splitlines()[-1])["kernels"]
-    assert len(kernels) == 20
+    assert len(kernels) == 21
     for name, found in kernels.items():
         assert found["spill_bytes"] == found["stack_bytes"] == 0 and found["registers"] <= 64, name
 
