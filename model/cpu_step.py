@@ -23,6 +23,7 @@ from model.embedding import JointEmbedding
 from model.interaction import DotInteraction
 
 PART = 1024  # samples a core has in hand: with official_config, 1 to 2 MB a layer
+LEAST = 128  # samples worth a core of their own: with fewer, two cores wait for each other longer than one works
 MATRICES, LOOKUPS, UPDATE = "MLPs", "look-up + interaction", "update of the tables"
 
 
@@ -42,13 +43,14 @@ def _threads(count: int) -> ThreadPoolExecutor:
 
 
 def _run(count: int, task: Callable[[int], object]) -> list:
-    """[task(0), ... task(count - 1)], each on a thread of its own, without autograd."""
+    """[task(0), ... task(count - 1)], each on one core, without autograd; count: up to torch's number of threads."""
 
     def quiet(i: int):
         with torch.no_grad():
             return task(i)
 
-    return [quiet(0)] if count == 1 else list(_threads(count).map(quiet, range(count)))
+    threads = torch.get_num_threads()
+    return [quiet(0)] if threads == 1 else list(_threads(threads).map(quiet, range(count)))
 
 
 def _cut(begin: int, end: int, pieces: int) -> list[tuple[int, int]]:
@@ -191,10 +193,11 @@ class CpuStep:
 
     def _begin(self, batch) -> tuple[np.ndarray, np.ndarray]:
         """The table float32 [R, D] and the batch's index int64 [B, T] into it; raises IndexError for an id beyond."""
-        threads, rows = torch.get_num_threads(), len(batch.sparse)
-        part = min(PART, -(-rows // threads))
-        if len(self._cores) != threads or self._cores[0].rows < part:
-            self._cores = [_Core(self, part) for _ in range(threads)]
+        rows = len(batch.sparse)
+        count = max(1, min(torch.get_num_threads(), rows // LEAST))
+        part = min(PART, -(-rows // count))
+        if len(self._cores) != count or self._cores[0].rows < part:
+            self._cores = [_Core(self, part) for _ in range(count)]
         self.bottom.refresh()
         self.top.refresh()
         table, index = self._embedding.weight.detach(), self._embedding.rows(batch.sparse)

@@ -48,13 +48,14 @@ class Optimizer:
     def for_mlps(self, parameters: list[nn.Parameter], fused: bool = False) -> torch.optim.Optimizer:
         """torch's optimiser of that name; row-wise Adagrad becomes Adagrad, as MLPs have no rows.
 
-        fused: one kernel for all, which can skip a step and takes its learning rate from the device without waiting.
+        fused: as one kernel, which can skip a step and takes its learning rate from a GPU without waiting. Adam and
+        Adagrad always are: on a CPU that takes half the time of torch's loops, while SGD takes longer.
         """
         if self.name == "sgd":
             return torch.optim.SGD(parameters, lr=0.0, fused=fused)
         if self.name == "adam":
-            return torch.optim.Adam(parameters, lr=0.0, betas=self.betas, eps=self.epsilon, fused=fused)
-        return torch.optim.Adagrad(parameters, lr=0.0, eps=self.epsilon, fused=fused)
+            return torch.optim.Adam(parameters, lr=0.0, betas=self.betas, eps=self.epsilon, fused=True)
+        return torch.optim.Adagrad(parameters, lr=0.0, eps=self.epsilon, fused=True)
 
 
 def _summed(index: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -151,7 +151,7 @@ class Trainer:
         """What differs from step to step; scalars on the device where a recorded step reads them there."""
         lr, embedding, group = self.schedule.at(self.steps), self.model.embedding, self.optimizer.param_groups[0]
         self.lr.fill_(lr)
-        group["lr"] = self.lr if group["fused"] and self.device.type == "cuda" else lr
+        group["lr"] = self.lr if self.device.type == "cuda" else lr
         embedding.lr.fill_(lr * self._table_lr)
         if isinstance(embedding.step, torch.Tensor):
             embedding.step.fill_(self.steps)
