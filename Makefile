@@ -11,7 +11,7 @@ run: setup
 	$(PY) -m bench quickstart
 
 test: setup
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --maxprocesses 4
 
 lint: setup
 	$(PY) -m ruff check .
