@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 import train
-from model import checkpoint, flags, placement
+from model import checkpoint, flags, options, placement
 from model.config import ConfigError, ModelConfig
 from model.distributed import RankKeeper, RankLoader, RankTrainer, make_model
 from model.dlrm import DLRM
@@ -85,7 +85,7 @@ class RankSession(train.Session):
     def make_model(self, config: ModelConfig, tables: Optimizer) -> DLRM:
         """The model, this rank's part of its tables. Raises PlanError where it does not fit, before it is made."""
         args, ranks = self.args, self.ranks
-        if flags.storage(args) != Storage():
+        if options.storage(args) != Storage():
             raise ConfigError(
                 "--embedding_dtype, --stochastic_rounding, --table_placement: expected train.py; the tables of several "
                 "ranks are float32 on their devices"

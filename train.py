@@ -29,7 +29,7 @@ from gpu_etl.load.raw import RawDay
 from gpu_etl.load.resident import ResidentLoader
 from gpu_etl.load.scores import ScoreWriter
 from gpu_etl.schema import split_file
-from model import checkpoint, flags, inference
+from model import checkpoint, flags, inference, options
 from model.config import ConfigError, ModelConfig, read_config
 from model.device import choose_device, set_threads
 from model.dlrm import DLRM
@@ -94,10 +94,10 @@ class Session:
         self.mlperf = MLPerfLog(args.mlperf_log) if args.mlperf_log and args.mode == "train" else None
         self.data, config = open_data(args)
         torch.manual_seed(args.seed)
-        mlps, tables = flags.optimizers(args)
+        mlps, tables = options.optimizers(args)
         model = self.make_model(config, tables)
         steps = -(-self.data.splits["train"].rows // args.batch_size)
-        schedule, precision = flags.schedule(args, steps), flags.precision(args, self.device)
+        schedule, precision = options.schedule(args, steps), options.precision(args, self.device)
         table_lr = (args.embedding_lr or args.lr) / args.lr
         self.trainer = self.make_trainer(model, schedule, precision, mlps, table_lr)
         if args.cuda_graphs:
@@ -113,7 +113,7 @@ class Session:
     def make_model(self, config: ModelConfig, tables: Optimizer) -> DLRM:
         """The model with its first weights."""
         with self.device:
-            return DLRM(config, self.args.use_embedding_ext, tables, flags.storage(self.args))
+            return DLRM(config, self.args.use_embedding_ext, tables, options.storage(self.args))
 
     def make_trainer(self, *settings) -> Trainer:
         """What trains it."""
@@ -187,11 +187,11 @@ def train(session: Session) -> dict:
         session.data.drop_from_page_cache()
         session.mlperf.event("cache_clear", True)
         tests = session.data.splits.get("val", session.data.splits["test"]).rows
-        session.mlperf.run(flags.mlperf_settings(args, trainer.schedule, rows, tests))
+        session.mlperf.run(options.mlperf_settings(args, trainer.schedule, rows, tests))
     state = {"dataset": str(args.dataset.resolve()), "place": place, "threads": torch.get_num_threads()}
-    keeper = session.keep(flags.keep_options(args), trainer, state, best_auc)
+    keeper = session.keep(options.keep_options(args), trainer, state, best_auc)
     log = RunLog(args.log_dir, session.mlperf)
-    progress = fit(trainer, loader, lambda: session.test("val"), flags.loop_options(args), keeper, log)
+    progress = fit(trainer, loader, lambda: session.test("val"), options.loop_options(args), keeper, log)
     if session.mlperf:
         session.mlperf.stop(progress.reached)
     result = {
@@ -265,7 +265,7 @@ def export(session: Session) -> dict:
 
 def run(args: argparse.Namespace, make_session: Callable[[argparse.Namespace], Session] = Session) -> dict:
     """Do what --mode says; returns the results."""
-    flags.check(args)
+    options.check(args)
     if not args.dataset:
         args.dataset = Path(checkpoint.read_state(checkpoint.find(args.ckpt))["dataset"])
     session = make_session(args)

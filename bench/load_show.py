@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from bench.machine import caption
+
 BELOW = {"loc": "upper center", "ncols": 3, "frameon": False, "fontsize": 9}
 
 
@@ -25,9 +27,7 @@ def plot(result: dict, machine: dict, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(16, 7), dpi=100, layout="constrained")
-    of = machine["gpu"] if result["device"] == "cuda" else f"{machine['cores']} cores of {machine['processor']}"
-    version = f"torch {machine['torch']}, {machine['date']}, {machine['commit']}"
-    figure.suptitle(f"Criteo records to batches on {of}; {version}")
+    figure.suptitle(f"Criteo records to batches on {caption(machine, result['device'])}")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     names = list(result["page_cache"][0]["loaders"])
     colours = {name: f"C{i}" for i, name in enumerate(names)}

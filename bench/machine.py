@@ -35,3 +35,9 @@ def describe() -> dict:
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
     }
+
+
+def caption(machine: dict, device: str) -> str:
+    """The same of a run on `device`, "cuda" or "cpu", as a line for a plot."""
+    of = machine["gpu"] if device == "cuda" else f"{machine['cores']} cores of {machine['processor']}"
+    return f"{of}; torch {machine['torch']}, {machine['date']}, {machine['commit']}"

@@ -1,7 +1,9 @@
-"""What `python -m bench train` measured, as a table for a terminal and as a plot (leaf)."""
+"""What `python -m bench train` measured, as a table for a terminal and as a plot."""
 
 import sys
 from pathlib import Path
+
+from bench.machine import caption, describe
 
 
 def say(one: dict) -> None:
@@ -83,7 +85,7 @@ def plot(result: dict, path: Path) -> None:
 
     names = list(dict.fromkeys(one["model_config"] for one in result["measured"]))
     figure = Figure(figsize=(7 * len(names), 10), dpi=100, layout="constrained")
-    figure.suptitle(f"Training step on {result['device']}, {result['threads']} CPU threads")
+    figure.suptitle(f"Training step on {caption(describe(), result['device'])}")
     rows = figure.subplots(2, len(names), squeeze=False)
     for column, name in enumerate(names):
         found = [one for one in result["measured"] if one["model_config"] == name]

@@ -8,8 +8,9 @@ weights that the step began with, and the mathematics is that of one large batch
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from threading import Barrier
 
@@ -23,34 +24,50 @@ from model.embedding import JointEmbedding
 from model.interaction import DotInteraction
 
 PART = 1024  # samples a core has in hand: with official_config, 1 to 2 MB a layer
-LEAST = 128  # samples worth a core of their own: with fewer, two cores wait for each other longer than one works
+LEAST = 64  # samples worth a core of their own
 MATRICES, LOOKUPS, UPDATE = "MLPs", "look-up + interaction", "update of the tables"
 
 
 @cache
 def _threads(count: int) -> ThreadPoolExecutor:
-    """Threads that run torch's operations alone, one core each; the caller's own setting stays."""
+    """Threads that run torch's operations on one core each."""
     barrier = Barrier(count)
 
     def begin():
-        torch.set_num_threads(1)  # of this thread; it also becomes the process's default, hence the line below
+        torch.get_num_threads()  # a thread's first call takes the process's number, and would undo the next line
+        torch.set_num_threads(1)
         barrier.wait()
 
     pool = ThreadPoolExecutor(count, "cpu-step", initializer=begin)
     list(pool.map(lambda _: None, range(count)))
-    torch.set_num_threads(count)
     return pool
 
 
+@contextmanager
+def alone() -> Iterator[int]:
+    """Torch's operations of the calling thread on one core; gives the number of cores that there are for the step.
+
+    After an operation on several cores, the threads that torch keeps for those would spin on them for milliseconds,
+    beside the threads of the step.
+    """
+    cores = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield cores
+    finally:
+        torch.set_num_threads(cores)
+
+
 def _run(count: int, task: Callable[[int], object]) -> list:
-    """[task(0), ... task(count - 1)], each on one core, without autograd; count: up to torch's number of threads."""
+    """[task(0), ... task(count - 1)], each on one core, without autograd; the first one in the calling thread, which
+    has to be alone()."""
 
     def quiet(i: int):
         with torch.no_grad():
             return task(i)
 
-    threads = torch.get_num_threads()
-    return [quiet(0)] if threads == 1 else list(_threads(threads).map(quiet, range(count)))
+    others = [_threads(count - 1).submit(quiet, i) for i in range(1, count)]
+    return [quiet(0), *(other.result() for other in others)]
 
 
 def _cut(begin: int, end: int, pieces: int) -> list[tuple[int, int]]:
@@ -191,10 +208,11 @@ class CpuStep:
             and all(p.dtype == torch.float32 and p.device.type == "cpu" for p in model.parameters())
         )
 
-    def _begin(self, batch) -> tuple[np.ndarray, np.ndarray]:
-        """The table float32 [R, D] and the batch's index int64 [B, T] into it; raises IndexError for an id beyond."""
+    def _begin(self, batch, cores: int) -> tuple[np.ndarray, np.ndarray]:
+        """Get ready for a batch on up to so many cores. Returns the table float32 [R, D] and the batch's index int64
+        [B, T] into it; raises IndexError for an id beyond."""
         rows = len(batch.sparse)
-        count = max(1, min(torch.get_num_threads(), rows // LEAST))
+        count = max(1, min(cores, rows // LEAST))
         part = min(PART, -(-rows // count))
         if len(self._cores) != count or self._cores[0].rows < part:
             self._cores = [_Core(self, part) for _ in range(count)]
@@ -214,19 +232,24 @@ class CpuStep:
 
     def logits(self, batch) -> torch.Tensor:
         """Logits float32 [B]."""
-        table, index = self._begin(batch)
-        found = torch.empty(len(index))
+        with alone() as cores:
+            table, index = self._begin(batch, cores)
+            found = torch.empty(len(index))
 
-        def share(i: int) -> None:
-            for begin, end in self._parts(i, len(index)):
-                found[begin:end] = self._cores[i].forward(batch.dense[begin:end], table, index[begin:end])
+            def share(i: int) -> None:
+                for begin, end in self._parts(i, len(index)):
+                    found[begin:end] = self._cores[i].forward(batch.dense[begin:end], table, index[begin:end])
 
-        _run(len(self._cores), share)
+            _run(len(self._cores), share)
         return found
 
     def gradients(self, batch) -> torch.Tensor:
         """Put the MLPs' gradients of the mean loss into .grad, and let the tables take their step; returns the loss."""
-        table, index = self._begin(batch)
+        with alone() as cores:
+            table, index = self._begin(batch, cores)
+            return self._gradients(batch, table, index)
+
+    def _gradients(self, batch, table: np.ndarray, index: np.ndarray) -> torch.Tensor:
         rows, label = len(index), batch.label.numpy()
         if len(self._grad_rows) < rows:
             self._grad_rows = np.empty((rows, *self._grad_rows.shape[1:]), np.float32)

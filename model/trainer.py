@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from model.clock import Clock
 from model.config import ConfigError
-from model.cpu_step import PART, CpuStep
+from model.cpu_step import PART, CpuStep, alone
 from model.device import has_fast_bfloat16
 from model.dlrm import DLRM
 from model.graph import Graph
@@ -173,7 +173,7 @@ class Trainer:
         loss = self._cpu.gradients(batch)
         for part, seconds in self._cpu.seconds().items():
             self.clock.add(part, seconds)
-        with self.clock.part(MLP_UPDATE):
+        with self.clock.part(MLP_UPDATE), alone():
             self._update()
         return loss
 

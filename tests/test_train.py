@@ -167,10 +167,10 @@ def test_flags_from_a_file(tmp_path):
     assert (args.lr, args.epochs, args.amp, args.warmup_steps) == (0.25, 3, True, 7)
     args = parse(["--dataset", "x", "@criteo_kaggle"])
     assert args.model_config == "criteo_kaggle_dcnv2" and not args.shuffle_batch_order
-    plan = train.flags.schedule(args, 1000)
+    plan = train.options.schedule(args, 1000)
     assert (plan.warmup_steps, plan.decay_start_step, plan.decay_steps, plan.decay_power) == (0, 850, 150, 1)
     assert plan.at(850) == 0.001 and plan.at(925) == 0.0005 and plan.at(1000) == 0
-    assert train.flags.schedule(args, 20).decay_steps == 3
+    assert train.options.schedule(args, 20).decay_steps == 3
 
 
 def test_no_validation_split(day_files, tmp_path, capsys):
