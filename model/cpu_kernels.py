@@ -13,7 +13,7 @@ import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 LINE = 16  # floats a cache line
 AHEAD = 16  # rows that are on their way while one is updated
@@ -40,20 +40,31 @@ def _prefetch(_, array, row, column):
     return types.void(array, row, column), generate
 
 
-@_inlined
-def _float32(value):
-    return np.float32(value)
+def _load(value):
+    """The float32 that an activation stands for."""
+    raise NotImplementedError("compiled only")
 
 
-@_inlined
-def _widened(bits):
-    return np.uint32(np.uint32(bits) << np.uint32(16)).view(np.float32)
+def _store(value, array):
+    """A float32 as an activation of the array's type."""
+    raise NotImplementedError("compiled only")
 
 
-@_inlined
-def _rounded(value):
-    bits = np.float32(value).view(np.uint32)
-    return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+@overload(_load, inline="always")
+def _load_typed(value):
+    if value == types.uint16:
+        return lambda value: np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
+    return lambda value: np.float32(value)
+
+
+@overload(_store, inline="always")
+def _store_typed(value, array):
+    def rounded(value, array):
+        bits = np.float32(value).view(np.uint32)
+        odd = (bits >> np.uint32(16)) & np.uint32(1)
+        return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+
+    return rounded if array.dtype == types.uint16 else lambda value, array: np.float32(value)
 
 
 @_compiled
@@ -66,17 +77,28 @@ def bias_relu(y, bias, relu):
             y[i, j] = floor if value < floor else value
 
 
-@dataclass(frozen=True)
-class Dense:
-    """Loops over activations and their gradients.
+@_compiled
+def relu_backward(grad, y, sums, relu):
+    """grad [n, W] = 0 where y [n, W] is 0, in place, if `relu`; sums float32 [W] += its columns."""
+    floor = np.float32(0.0) if relu else np.float32(-np.inf)
+    for i in range(grad.shape[0]):
+        for j in range(grad.shape[1]):
+            value = np.float32(0.0) if _load(y[i, j]) <= floor else _load(grad[i, j])
+            grad[i, j] = _store(value, grad)
+            sums[j] += value
 
-    relu_backward(grad [n, W], y [n, W], sums float32 [W], relu): grad = 0 where y is 0, in place; sums += its columns.
-    loss(logits [n], label float32 [n], scale, grad [n]) -> sum of the cross entropies, float64; grad = scale times its
-    gradient.
-    """
 
-    relu_backward: Callable
-    loss: Callable
+@_compiled
+def loss(logits, label, scale, grad):
+    """logits [n], label float32 [n] -> sum of the cross entropies, float64; grad [n] = scale times its gradient."""
+    total = 0.0
+    for i in range(logits.shape[0]):
+        x = np.float64(_load(logits[i]))
+        small = np.exp(-abs(x))
+        total += max(x, 0.0) - x * label[i] + np.log1p(small)
+        probability = (1.0 if x >= 0 else small) / (1.0 + small)
+        grad[i] = _store(np.float32((probability - label[i]) * scale), grad)
+    return total
 
 
 @dataclass(frozen=True)
@@ -93,58 +115,34 @@ class Interaction:
     backward: Callable
 
 
-@cache
-def dense(half: bool) -> Dense:
-    """The loops for bfloat16 activations, or for float32 ones."""
-    load, store = (_widened, _rounded) if half else (_float32, _float32)
-
-    @_compiled
-    def relu_backward(grad, y, sums, relu):
-        floor = np.float32(0.0) if relu else np.float32(-np.inf)
-        for i in range(grad.shape[0]):
-            for j in range(grad.shape[1]):
-                value = np.float32(0.0) if load(y[i, j]) <= floor else load(grad[i, j])
-                grad[i, j] = store(value)
-                sums[j] += value
-
-    @_compiled
-    def loss(logits, label, scale, grad):
-        total = 0.0
-        for i in range(logits.shape[0]):
-            x = np.float64(load(logits[i]))
-            small = np.exp(-abs(x))
-            total += max(x, 0.0) - x * label[i] + np.log1p(small)
-            probability = (1.0 if x >= 0 else small) / (1.0 + small)
-            grad[i] = store(np.float32((probability - label[i]) * scale))
-        return total
-
-    return Dense(relu_backward, loss)
-
-
-@cache
-def interaction(tables: int, dim: int, self_interaction: bool, half: bool) -> Interaction:
-    """The loops for T tables of D columns, compiled for just these numbers."""
-    vectors, more = tables + 1, 1 if self_interaction else 0
-    load, store = (_widened, _rounded) if half else (_float32, _float32)
-
-    @_inlined
-    def gather(weight, rows, bottom, b, z):
-        if b + 1 < rows.shape[0]:  # the next sample's rows come while this one is worked on
-            for t in range(tables):
-                for d in range(0, dim, LINE):
-                    _prefetch(weight, rows[b + 1, t], d)
-        for d in range(dim):
-            z[0, d] = load(bottom[b, d])
+@_inlined
+def _gather(weight, rows, bottom, b, z, tables, dim):
+    """The vectors of sample b -> z float32 [T + 1, D]."""
+    if b + 1 < rows.shape[0]:  # the next sample's rows come while this one is worked on
         for t in range(tables):
-            row = rows[b, t]
-            for d in range(dim):
-                z[t + 1, d] = weight[row, d]
+            for d in range(0, dim, LINE):
+                _prefetch(weight, rows[b + 1, t], d)
+    for d in range(dim):
+        z[0, d] = _load(bottom[b, d])
+    for t in range(tables):
+        row = rows[b, t]
+        for d in range(dim):
+            z[t + 1, d] = weight[row, d]
+
+
+@cache
+def interaction(tables: int, dim: int, self_interaction: bool) -> Interaction:
+    """The loops for T tables of D columns, compiled for just these numbers.
+
+    They close over numbers alone: compiled code of functions that close over others is never found again on disk.
+    """
+    vectors, more = tables + 1, 1 if self_interaction else 0
 
     @_compiled
     def forward(weight, rows, bottom, out):
         z = np.empty((vectors, dim), np.float32)
         for b in range(rows.shape[0]):
-            gather(weight, rows, bottom, b, z)
+            _gather(weight, rows, bottom, b, z, tables, dim)
             for d in range(dim):
                 out[b, d] = bottom[b, d]
             place = dim
@@ -158,15 +156,15 @@ def interaction(tables: int, dim: int, self_interaction: bool, half: bool) -> In
                         s1 += x * z[j + 1, d]
                         s2 += x * z[j + 2, d]
                         s3 += x * z[j + 3, d]
-                    out[b, place], out[b, place + 1] = store(s0), store(s1)
-                    out[b, place + 2], out[b, place + 3] = store(s2), store(s3)
+                    out[b, place], out[b, place + 1] = _store(s0, out), _store(s1, out)
+                    out[b, place + 2], out[b, place + 3] = _store(s2, out), _store(s3, out)
                     place += 4
                     j += 4
                 while j < i + more:
                     s0 = np.float32(0.0)
                     for d in range(dim):
                         s0 += z[i, d] * z[j, d]
-                    out[b, place] = store(s0)
+                    out[b, place] = _store(s0, out)
                     place += 1
                     j += 1
             out[b, place] = 0
@@ -176,21 +174,21 @@ def interaction(tables: int, dim: int, self_interaction: bool, half: bool) -> In
         z = np.empty((vectors, dim), np.float32)
         pairs = np.zeros((vectors, vectors), np.float32)
         for b in range(rows.shape[0]):
-            gather(weight, rows, bottom, b, z)
+            _gather(weight, rows, bottom, b, z, tables, dim)
             place = dim
             for i in range(vectors):
                 for j in range(i + more):
-                    value = load(grad[b, place])
+                    value = _load(grad[b, place])
                     pairs[i, j] = value
                     pairs[j, i] = value
                     place += 1
                 if more:
                     pairs[i, i] *= np.float32(2.0)
             for d in range(dim):
-                total = load(grad[b, d])
+                total = _load(grad[b, d])
                 for k in range(vectors):
                     total += pairs[0, k] * z[k, d]
-                grad_bottom[b, d] = store(total)
+                grad_bottom[b, d] = _store(total, grad_bottom)
             for i in range(1, vectors):
                 for d in range(dim):
                     total = np.float32(0.0)

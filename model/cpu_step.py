@@ -99,7 +99,7 @@ class _Activations:
     """Of an MLP for up to `rows` samples: values, their gradients, and the sums of its parameters' gradients."""
 
     def __init__(self, layers: _Layers, rows: int):
-        self._layers, self._loops = layers, cpu_kernels.dense(layers.dtype == torch.bfloat16)
+        self._layers = layers
         self.values, self.grads = (
             [torch.empty(rows, size, dtype=layers.dtype) for size in layers.sizes] for _ in range(2)
         )
@@ -124,7 +124,7 @@ class _Activations:
         layers = self._layers
         for k in reversed(range(len(layers.weights))):
             grad, x, y = self.grads[k + 1][:n], self.values[k][:n], self.values[k + 1][:n]
-            self._loops.relu_backward(_bits(grad), _bits(y), self.sums[2 * k + 1].numpy(), layers.relu[k])
+            cpu_kernels.relu_backward(_bits(grad), _bits(y), self.sums[2 * k + 1].numpy(), layers.relu[k])
             if grad.dtype == torch.float32:
                 self.sums[2 * k].addmm_(grad.t(), x)
             else:
@@ -191,11 +191,10 @@ class CpuStep:
 
     def __init__(self, model: DLRM, half: bool):
         self.dtype = dtype = torch.bfloat16 if half else torch.float32
-        self._model, self._embedding = model, model.embedding
+        self._mlps, self._embedding = model.dense_parameters(), model.embedding
         self.bottom, self.top = _Layers(model.bottom, dtype, True), _Layers(model.top, dtype, False)
         shape = len(model.embedding.sizes), model.embedding.dim
-        self.loops = cpu_kernels.interaction(*shape, model.config.self_interaction, half)
-        self._loss = cpu_kernels.dense(half).loss
+        self.loops = cpu_kernels.interaction(*shape, model.config.self_interaction)
         self._cores: list[_Core] = []
         self._grad_rows = np.empty((0, *shape), np.float32)
 
@@ -260,7 +259,8 @@ class CpuStep:
             torch._foreach_zero_(core.sums)
             for begin, end in self._parts(i, rows):
                 logits = core.forward(batch.dense[begin:end], table, index[begin:end])
-                total += self._loss(_bits(logits), label[begin:end], 1 / rows, _bits(core.grad_logits(end - begin)))
+                grad = _bits(core.grad_logits(end - begin))
+                total += cpu_kernels.loss(_bits(logits), label[begin:end], 1 / rows, grad)
                 core.backward(end - begin, table, index[begin:end], grad_rows[begin:end])
             return total
 
@@ -268,7 +268,7 @@ class CpuStep:
         first, *others = (core.sums for core in self._cores)
         for other in others:
             torch._foreach_add_(first, other)
-        for parameter, total in zip(self._model.dense_parameters(), first, strict=True):
+        for parameter, total in zip(self._mlps, first, strict=True):
             parameter.grad = total
         self._update(table, index.reshape(-1), grad_rows.reshape(-1, table.shape[1]))
         return torch.tensor(sum(losses) / rows if rows else float("nan"))

@@ -51,9 +51,10 @@ class Trainer:
         self.model, self.schedule, self.precision = model, schedule, precision
         self.device = model.top[0].weight.device  # the tables may lie elsewhere
         self._settings, self._table_lr = optimizer, table_lr
+        self._mlps = model.dense_parameters()
         half = precision.autocast == torch.float16
         self.loss_scale = LossScale(precision.loss_scale, precision.dynamic, self.device) if half else None
-        self.optimizer = optimizer.for_mlps(model.dense_parameters(), half or self.device.type == "cuda")
+        self.optimizer = optimizer.for_mlps(self._mlps, half or self.device.type == "cuda")
         self.lr = torch.zeros((), device=self.device)
         if half:
             if not hasattr(model.embedding, "hold"):
@@ -182,7 +183,7 @@ class Trainer:
         mark of a step to skip) over all of them, in place. One process has nothing to do."""
 
     def _update(self) -> None:
-        gradients = [parameter.grad for parameter in self.model.dense_parameters()]
+        gradients = [parameter.grad for parameter in self._mlps]
         scale, embedding = self.loss_scale, self.model.embedding
         if scale:
             scale.unscale(gradients, embedding.held())

@@ -230,7 +230,7 @@ def test_rounding_to_bfloat16_is_that_of_torch():
     n = len(values)
     table, bottom, out = values[:, None].contiguous(), *(torch.ones(n, w, dtype=torch.bfloat16) for w in (1, 3))
     bits = (tensor.view(torch.int16).numpy().view(np.uint16) for tensor in (bottom, out))
-    loops = cpu_kernels.interaction(1, 1, False, True)
+    loops = cpu_kernels.interaction(1, 1, False)
     loops.forward(table.numpy(), np.arange(n)[:, None], *bits)
     torch.testing.assert_close(out[:, 1], values.bfloat16(), rtol=0, atol=0, equal_nan=True)
     assert (out[:, 0] == 1).all() and (out[:, 2] == 0).all()
@@ -238,7 +238,7 @@ def test_rounding_to_bfloat16_is_that_of_torch():
 
 @pytest.mark.parametrize("self_interaction", [False, True])
 def test_interaction_loops_are_dot_interaction(self_interaction):
-    loops = cpu_kernels.interaction(5, 12, self_interaction, False)
+    loops = cpu_kernels.interaction(5, 12, self_interaction)
     table, index = torch.randn(50, 12), torch.randint(50, (9, 5))
     bottom = torch.randn(9, 12, dtype=torch.float64, requires_grad=True)
     rows = table[index].double().requires_grad_()
