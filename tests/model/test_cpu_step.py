@@ -263,3 +263,27 @@ def test_models_it_cannot_do_stay_eager():
     assert half.matrices == torch.float16
     other = Trainer(make_model(interaction_op="cat"), Schedule(0.1), Precision(torch.bfloat16))
     assert other.matrices == torch.bfloat16
+
+
+def test_a_thread_of_the_step_works_on_one_core():
+    """torch gives a thread the process's number of threads at its first operation, whatever was set before."""
+
+    def work(_: int) -> int:
+        torch.ones(200, 200) @ torch.ones(200, 200)
+        return torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with cpu_step.alone() as cores:
+            assert cores == 3 and cpu_step._run(3, work) == [1, 1, 1]
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_compiled_loops_are_found_on_disk_again():
+    """Numba finds a function by what it closes over; another compiled function is another one in every process."""
+    loops = cpu_kernels.interaction(5, 12, True)
+    for loop in (loops.forward, loops.backward):
+        assert all(type(cell.cell_contents) is int for cell in loop.py_func.__closure__)
