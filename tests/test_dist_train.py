@@ -8,6 +8,7 @@ import torch
 import dist_train
 import train
 from gpu_etl.pipeline import Settings, encode_days
+from model.schedule import Schedule
 from tests.ranks import run_main
 
 # Three validation tests, two epochs with a tail of 33 rows; the plan has every kind of placement.
@@ -72,7 +73,7 @@ def tensors(checkpoint):
     state = train.checkpoint.read_state(checkpoint)
     config = train.ModelConfig.from_json(state["model"], "")
     adagrad = train.Optimizer("adagrad")
-    trainer = train.Trainer(train.DLRM(config, True, adagrad), train.flags.Schedule(1.0), optimizer=adagrad)
+    trainer = train.Trainer(train.DLRM(config, True, adagrad), Schedule(1.0), optimizer=adagrad)
     train.checkpoint.restore(checkpoint, trainer)
     return [trainer.model.embedding.weight.detach(), *trainer.model.embedding.state().values(),
             *(p.detach() for p in trainer.model.dense_parameters()),
