@@ -42,6 +42,13 @@ def load_counts(path: Path) -> Counts:
         ))  # fmt: skip
 
 
+def _kernels(device: str):
+    """The slab functions, ready for this thread: a worker runs each task in any of its threads."""
+    kernels = backend.device(device)
+    kernels.enter_thread()
+    return kernels
+
+
 def count_part(days: Days, part: Part, settings: Settings, work: Path, buckets: int) -> tuple[Tally, list[int]]:
     """Task: the count pass over one part, in its folder. Returns its tally, and how many rows each bucket got.
 
@@ -49,7 +56,7 @@ def count_part(days: Days, part: Part, settings: Settings, work: Path, buckets: 
     """
     folder = part.folder(work)
     folder.mkdir(exist_ok=True)
-    kernels = backend.device(settings.device)
+    kernels = _kernels(settings.device)
     threads = kernels.set_threads(settings.threads)
     kernels.set_memory_limit(settings.memory_limit)
     sources = [Source(path, size) for path, size in days]
@@ -84,11 +91,12 @@ def number_part(folder: Path, preset: Preset, work: Path) -> None:
 @lru_cache(maxsize=64)
 def _finisher(folder: Path, device: str, _stamp: int):
     with np.load(folder / IDS) as arrays:
-        return backend.device(device).Finisher(tuple(arrays.values()))
+        return _kernels(device).Finisher(tuple(arrays.values()))
 
 
 def _finish(folder: Path, coded: np.ndarray, shift: int, device: str, records: np.ndarray) -> None:
     """Write the records of coded rows of one part, in their order."""
+    _kernels(device)
     finisher = _finisher(folder, device, (folder / IDS).stat().st_mtime_ns)
     finisher.take(coded, np.full(len(coded), shift))
     finisher.finish(0, len(coded), records)()

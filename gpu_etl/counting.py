@@ -93,9 +93,10 @@ class CountPass:
         size = sum(source.size for source in self._sources)
         with (
             tqdm(total=size, unit="B", unit_scale=True, desc="count ", file=sys.stderr) as bar,
-            OneBehind() as storing,
+            OneBehind(self._kernels.enter_thread) as storing,
         ):
-            for turn, item in enumerate(side_by_side(waiting, at_once, at_once)):
+            items = side_by_side(waiting, at_once, at_once, self._kernels.enter_thread)
+            for turn, item in enumerate(items):
                 if isinstance(item, _DayEnd):
                     job = self._end_day(item.day)
                 else:

@@ -21,8 +21,8 @@ from gpu_etl.tally import Summary
 from gpu_etl.vocabulary import Lookup
 
 __all__ = [
-    "Dictionaries", "Finisher", "encode", "find_rows", "group", "host_bytes", "integers", "keep_rows", "labels",
-    "parse", "peak_device_bytes", "readers", "rows_of", "set_memory_limit", "set_threads", "shuffled",
+    "Dictionaries", "Finisher", "encode", "enter_thread", "find_rows", "group", "host_bytes", "integers", "keep_rows",
+    "labels", "parse", "peak_device_bytes", "readers", "rows_of", "set_memory_limit", "set_threads", "shuffled",
     "summarize", "upload",
 ]  # fmt: skip
 
@@ -48,6 +48,10 @@ def set_memory_limit(limit: int) -> None:
     """Raise DataError for a limit other than 0: it is for the memory of a GPU."""
     if limit:
         raise DataError(f"--memory-limit {limit}: only with --device cuda; the CPU's memory is bounded by --slab-bytes")
+
+
+def enter_thread() -> None:
+    """What every thread begins with that calls functions here or touches, frees or waits for their memory: nothing."""
 
 
 def readers() -> dict:

@@ -25,7 +25,7 @@ from gpu_etl.schema import COLUMNS, FIRST_DENSE, FIRST_SPARSE
 from gpu_etl.tally import Summary
 
 __all__ = [
-    "Dictionaries", "Finisher", "find_rows", "group", "host_bytes", "integers", "keep_rows", "labels",
+    "Dictionaries", "Finisher", "enter_thread", "find_rows", "group", "host_bytes", "integers", "keep_rows", "labels",
     "parse", "peak_device_bytes", "readers", "require_gpu", "rows_of", "set_memory_limit", "set_threads",
     "shuffled", "summarize", "upload",
 ]  # fmt: skip
@@ -46,6 +46,12 @@ def require_gpu() -> None:
         ) from error
     if not config.ENABLE_CUDASIM and not importlib.util.find_spec("cupy"):
         raise DataError("--device cuda: CuPy is missing; `pip install -r requirements-gpu.txt`, or --device cpu")
+
+
+def enter_thread() -> None:
+    """What every thread begins with that calls functions here or touches, frees or waits for their memory: make the
+    device's context current, without which the driver refuses it."""
+    cuda.current_context()
 
 
 def set_memory_limit(limit: int) -> None:

@@ -80,8 +80,8 @@ class EncodePass:
             for piece in pieces(self._day_rows, begin + done, end, self._kernels.ENCODE_ROWS)
         )
         with formats.SplitWriter(self._form, self._work, split, self._table_sizes, done) as writer:
-            with OneBehind() as writing:
-                for day, coded in prefetch(blocks):
+            with OneBehind(self._kernels.enter_thread) as writing:
+                for day, coded in prefetch(blocks, initializer=self._kernels.enter_thread):
                     self._finisher.take(coded, np.full(len(coded), self._shifts[day]))
                     finished = self._finish(0, len(coded), bar)
                     writing.submit(lambda finished=finished: writer.write(finished()))
@@ -102,9 +102,10 @@ class EncodePass:
                 self._buckets.remove(bucket)
 
         kernels, step = self._kernels, self._kernels.ENCODE_ROWS
-        buckets = self._buckets.whole(len(gathered), [Reused(kernels.host_bytes) for _ in range(3)])
+        memory = [Reused(kernels.host_bytes) for _ in range(3)]
+        buckets = self._buckets.whole(len(gathered), memory, kernels.enter_thread)
         with formats.SplitWriter(self._form, self._work, split, self._table_sizes, done) as writer:
-            with OneBehind() as writing:
+            with OneBehind(kernels.enter_thread) as writing:
                 for bucket, numbered in enumerate(buckets, len(gathered)):
                     rows, order = len(numbered), kernels.shuffled(numbered["row"], self._buckets.seed)
                     self._finisher.take(words_of(numbered), self._shifts[numbered["row"] >> DAY_SHIFT], order)

@@ -6,18 +6,25 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 
-def prefetch(items: Iterator, depth: int = 2) -> Iterator:
+def nothing() -> None:
+    """What threads begin with where nothing has to be set up."""
+
+
+def prefetch(items: Iterator, depth: int = 2, initializer: Callable[[], None] = nothing) -> Iterator:
     """The same items, made ahead in a thread: at most `depth` wait in memory. Errors arrive where the item would have.
 
-    Closing the returned generator early stops the thread.
+    Closing the returned generator early stops the thread. initializer: what the thread begins with.
     """
-    return side_by_side([items], 1, depth)
+    return side_by_side([items], 1, depth, initializer)
 
 
-def side_by_side(sources: list[Iterator], at_once: int, depth: int = 2) -> Iterator:
+def side_by_side(
+    sources: list[Iterator], at_once: int, depth: int = 2, initializer: Callable[[], None] = nothing
+) -> Iterator:
     """The items of all sources, of which up to `at_once` are run through at a time, a thread each, in the order given.
 
-    Items of one source keep their order, those of several mix. The first error ends it all.
+    Items of one source keep their order, those of several mix. The first error ends it all. initializer: what each
+    thread begins with.
     """
     ready: queue.Queue = queue.Queue(depth)
     stopped = threading.Event()
@@ -36,6 +43,7 @@ def side_by_side(sources: list[Iterator], at_once: int, depth: int = 2) -> Itera
 
     def produce() -> None:
         try:
+            initializer()
             while True:
                 with lock:
                     source = next(waiting, end)
@@ -72,11 +80,11 @@ def side_by_side(sources: list[Iterator], at_once: int, depth: int = 2) -> Itera
 class OneBehind:
     """Runs jobs in a thread, in order, at most one behind its user; for use in `with`, which ends with the last job.
 
-    An error of a job is raised by the next submit(), or at the end.
+    An error of a job is raised by the next submit(), or at the end. initializer: what the thread begins with.
     """
 
-    def __init__(self):
-        self._pool = ThreadPoolExecutor(1)
+    def __init__(self, initializer: Callable[[], None] = nothing):
+        self._pool = ThreadPoolExecutor(1, "behind", initializer)
         self._running: Future | None = None
 
     def submit(self, job: Callable, *arguments) -> None:

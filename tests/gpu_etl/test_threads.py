@@ -1,0 +1,65 @@
+"""Threads of an encode: which of them may touch a device, and that no error of theirs is lost."""
+
+import threading
+from types import ModuleType
+
+import pytest
+
+from gpu_etl import backend, cpu, shuffle
+from gpu_etl.cluster_tasks import count_part
+from gpu_etl.parts import Part
+from gpu_etl.pipeline import Settings, encode_days
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """The CPU's functions where each, and whatever it returns to be called later, insists that its thread has entered.
+
+    A driver does the same: the thread that runs the command has a context, any other must make it current first.
+    """
+    entered, called = {threading.main_thread()}, set()
+
+    def checked(function):
+        def wrapped(*arguments):
+            assert threading.current_thread() in entered, f"{function} called in a thread that has no context"
+            called.add(threading.current_thread())
+            found = function(*arguments)
+            return checked(found) if callable(found) else found
+
+        return wrapped
+
+    class Finisher(cpu.Finisher):
+        take, finish = checked(cpu.Finisher.take), checked(cpu.Finisher.finish)
+
+    module = ModuleType("device")
+    vars(module).update({name: value for name, value in vars(cpu).items() if name[0] != "_"})
+    for name in ("find_rows", "group", "host_bytes", "parse", "rows_of", "shuffled"):
+        setattr(module, name, checked(getattr(cpu, name)))
+    module.Finisher = Finisher
+    module.enter_thread = lambda: entered.add(threading.current_thread())
+    monkeypatch.setattr(backend, "device", lambda name: module)
+    monkeypatch.setattr(shuffle, "BUCKET_BYTES", 40_000)
+    module.called = called
+    return module
+
+
+@pytest.mark.parametrize("shuffled", [True, False])
+def test_every_thread_that_touches_the_device_has_entered_it(device, day_files, tmp_path, shuffled):
+    encode_days(day_files, tmp_path / "out", Settings(slab_bytes=20_000, shuffle=shuffled))
+    assert len(device.called) > 2  # the readers' and the writers' among them
+
+
+def test_tasks_of_any_thread_enter_the_device(device, day_files, tmp_path):
+    days = [(path, path.stat().st_size) for path in day_files]
+    part, failed = Part(0, 0, 0, days[0][1]), []
+
+    def task():
+        try:
+            count_part(days, part, Settings(slab_bytes=20_000), tmp_path, 3)
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=task)
+    thread.start()
+    thread.join()
+    assert not failed
