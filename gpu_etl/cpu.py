@@ -210,14 +210,18 @@ class Finisher:
         self._ids = np.concatenate(ids)
         self._base = np.cumsum([0] + [len(column) for column in ids[:-1]])
 
-    def take(self, coded: np.ndarray, shifts: np.ndarray, order: np.ndarray | None = None) -> None:
-        """What the next calls of finish() are about.
+    def take(
+        self, coded: np.ndarray, shifts: np.ndarray, order: np.ndarray | None = None
+    ) -> Callable[[], None]:
+        """What the next calls of finish() are about. Returns what waits until, once all of these have returned, `coded`
+        is no longer read: nothing to wait for here.
 
         coded: int32 [n, 40 or more], contiguous, a coded row in the last 40 of each; shifts int64 [n]: what is added to
         a row's integers; order: where the records come from, by shuffled(), else they come as they are.
         """
         self._coded, self._shifts = coded[:, -COLUMNS:], shifts
         self._order = np.arange(len(coded)) if order is None else order
+        return lambda: None
 
     def finish(self, begin: int, end: int, records: np.ndarray) -> Callable[[], np.ndarray]:
         """What gives records begin to end, int32 [end - begin, 40]: `records`, on the host, which they fill."""

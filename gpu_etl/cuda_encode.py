@@ -9,6 +9,7 @@ from numba import cuda
 from gpu_etl import rows
 from gpu_etl.cuda_launch import (
     THREADS,
+    Behind,
     blocks_for,
     budget,
     download,
@@ -135,11 +136,13 @@ class Finisher:
         self._ids = upload_array(np.concatenate(ids))
         self._base = upload_array(np.cumsum([0] + [len(column) for column in ids[:-1]]))
 
-    def take(self, coded: np.ndarray, shifts: np.ndarray, order=None) -> None:
+    def take(self, coded: np.ndarray, shifts: np.ndarray, order=None) -> Callable[[], None]:
         """See cpu.Finisher; order: of shuffled()."""
         budget.take("rows to encode", FINISH_BYTES * len(coded))
         self._coded, self._shifts = upload_array(coded), upload_array(shifts)
+        copied = Behind("compute")
         self._order = upload_array(np.arange(len(coded))) if order is None else order
+        return copied.synchronize
 
     def finish(self, begin: int, end: int, records: np.ndarray) -> Callable[[], np.ndarray]:
         """See cpu.Finisher."""

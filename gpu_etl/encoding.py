@@ -108,7 +108,8 @@ class EncodePass:
             with OneBehind(kernels.enter_thread) as writing:
                 for bucket, numbered in enumerate(buckets, len(gathered)):
                     rows, order = len(numbered), kernels.shuffled(numbered["row"], self._buckets.seed)
-                    self._finisher.take(words_of(numbered), self._shifts[numbered["row"] >> DAY_SHIFT], order)
+                    shifts = self._shifts[numbered["row"] >> DAY_SHIFT]
+                    memory[bucket % len(memory)].hold(self._finisher.take(words_of(numbered), shifts, order))
                     for begin in range(0, max(1, rows), step):
                         finished = self._finish(begin, min(begin + step, rows), bar)
                         writing.submit(store, finished, bucket, rows if begin + step >= rows else None)

@@ -18,9 +18,17 @@ class Reused:
     def __init__(self, allocate: Callable[[int], np.ndarray] = host_bytes):
         self._allocate = allocate
         self._bytes = np.empty(0, np.uint8)
+        self._wait: Callable[[], None] | None = None
+
+    def hold(self, wait: Callable[[], None]) -> None:
+        """Let the next empty() call wait() first: a device may still copy from or to the array given out."""
+        self._wait = wait
 
     def empty(self, shape: tuple[int, ...], dtype) -> np.ndarray:
         """An array, C-contiguous, its contents undefined. The one given out before it must not be used any more."""
+        if self._wait is not None:
+            self._wait()
+            self._wait = None
         size = math.prod(shape) * np.dtype(dtype).itemsize
         if size > len(self._bytes):
             self._bytes = self._allocate(size + size // 8)

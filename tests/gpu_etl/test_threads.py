@@ -1,12 +1,15 @@
 """Threads of an encode: which of them may touch a device, and that no error of theirs is lost."""
 
 import threading
+import time
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 from gpu_etl import backend, cpu, shuffle
 from gpu_etl.cluster_tasks import count_part
+from gpu_etl.memory import Reused
 from gpu_etl.parts import Part
 from gpu_etl.pipeline import Settings, encode_days
 
@@ -63,3 +66,50 @@ def test_tasks_of_any_thread_enter_the_device(device, day_files, tmp_path):
     thread.start()
     thread.join()
     assert not failed
+
+
+Finisher = cpu.Finisher
+
+
+class SlowCopies(Finisher):
+    """Takes rows as a device does: the copy starts in take(), goes on meanwhile, and is over when someone waited for
+    it."""
+
+    def take(self, coded, shifts, order=None):
+        once, arrived = threading.Lock(), []
+
+        def wait():
+            with once:
+                if not arrived:
+                    arrived.append(coded.copy())
+
+        self._rows = lambda: (wait(), arrived[0])[1], shifts, order
+        return wait
+
+    def finish(self, begin, end, records):
+        rows, shifts, order = self._rows
+
+        def finished():
+            time.sleep(0.02)  # long enough for the reader to fill memory again that it is not kept from
+            Finisher.take(self, rows(), shifts, order)
+            return Finisher.finish(self, begin, end, records)()
+
+        return finished
+
+
+def test_memory_that_a_device_still_copies_from_is_not_filled_again(day_files, tmp_path, monkeypatch):
+    monkeypatch.setattr(shuffle, "BUCKET_BYTES", 10_000)
+    settings = Settings(slab_bytes=20_000)
+    expected, _ = encode_days(day_files, tmp_path / "expected", settings)
+    monkeypatch.setattr(cpu, "Finisher", SlowCopies)
+    found, _ = encode_days(day_files, tmp_path / "found", settings)
+    assert found == expected
+
+
+def test_memory_waits_once_for_what_holds_it():
+    memory, waited = Reused(), []
+    memory.empty((3,), np.int32)
+    memory.hold(lambda: waited.append(1))
+    for _ in range(2):
+        memory.empty((2,), np.int32)
+    assert waited == [1]
