@@ -80,7 +80,8 @@ def side_by_side(
 class OneBehind:
     """Runs jobs in a thread, in order, at most one behind its user; for use in `with`, which ends with the last job.
 
-    An error of a job is raised by the next submit(), or at the end. initializer: what the thread begins with.
+    An error of a job is raised by the next submit(), or at the end; where the body of the `with` ends with an error of
+    its own, it is told in a note of that one. initializer: what the thread begins with.
     """
 
     def __init__(self, initializer: Callable[[], None] = nothing):
@@ -99,9 +100,11 @@ class OneBehind:
     def __enter__(self) -> "OneBehind":
         return self
 
-    def __exit__(self, kind, *_) -> None:
-        try:
-            if kind is None:
-                self._wait()
-        finally:
-            self._pool.shutdown()
+    def __exit__(self, kind, error, _) -> None:
+        self._pool.shutdown()
+        failed = self._running and self._running.exception()
+        if failed is None or failed is error:
+            return
+        if error is None:
+            raise failed
+        error.add_note(f"meanwhile, in the background: {type(failed).__name__}: {failed}")

@@ -7,11 +7,14 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from gpu_etl import backend, cpu, shuffle
+from gpu_etl import backend, cpu, journal, shuffle
+from gpu_etl.__main__ import main
 from gpu_etl.cluster_tasks import count_part
+from gpu_etl.errors import notes
 from gpu_etl.memory import Reused
 from gpu_etl.parts import Part
 from gpu_etl.pipeline import Settings, encode_days
+from gpu_etl.prefetch import OneBehind
 
 
 @pytest.fixture
@@ -113,3 +116,44 @@ def test_memory_waits_once_for_what_holds_it():
     for _ in range(2):
         memory.empty((2,), np.int32)
     assert waited == [1]
+
+
+def fail(words):
+    raise OSError(28, words)
+
+
+@pytest.mark.parametrize("jobs_before", [0, 1])
+def test_the_error_of_the_last_job_is_raised(jobs_before):
+    with pytest.raises(OSError, match="the last one"), OneBehind() as behind:
+        for _ in range(jobs_before):
+            behind.submit(lambda: None)
+        behind.submit(fail, "the last one")
+
+
+def test_the_error_of_a_job_is_raised_once():
+    with pytest.raises(OSError, match="a job") as raised, OneBehind() as behind:
+        behind.submit(fail, "a job")
+        behind.submit(lambda: None)
+    assert not hasattr(raised.value, "__notes__")
+
+
+@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt()])
+def test_no_error_hides_another(error):
+    with pytest.raises(type(error)) as raised, OneBehind() as behind:
+        behind.submit(fail, "the job's")
+        raise error
+    assert notes(raised.value) == ["meanwhile, in the background: OSError: [Errno 28] the job's"]
+
+
+def test_both_errors_are_told_to_the_user(day_files, tmp_path, monkeypatch, capsys):
+    bad = tmp_path / "day_of_a_bad_row"
+    bad.write_bytes(b"bad\n")
+    real = journal.Journal.record
+
+    def record(self, **event):
+        return fail("no room") if "day" in event else real(self, **event)
+
+    monkeypatch.setattr(journal.Journal, "record", record)
+    assert main(["encode", str(day_files[0]), str(bad), "--threads", "1", "--out", str(tmp_path / "out")]) == 1
+    told = capsys.readouterr().err
+    assert "day_of_a_bad_row: row 1" in told and "meanwhile, in the background: OSError: [Errno 28] no room" in told
