@@ -32,6 +32,7 @@ __all__ = [
 
 SLAB_BYTES = 64 << 20  # of text: some milliseconds of copying, so that starting kernels costs little beside it
 ENCODE_ROWS = 1 << 18
+CORES_PER_READER = 3  # the host only reads and writes
 SUMMARY_BLOCKS = 64  # a column
 
 

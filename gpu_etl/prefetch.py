@@ -1,9 +1,10 @@
-"""Make items ahead in threads, and put them away behind (leaf)."""
+"""Make items ahead in threads, do several things at once, and put items away behind (leaf)."""
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 
 def nothing() -> None:
@@ -75,6 +76,63 @@ def side_by_side(
         stopped.set()
         for thread in threads:
             thread.join()
+
+
+def in_order(calls: Iterable[Callable], threads: int, initializer: Callable[[], None] = nothing) -> Iterator:
+    """Results of calls, made by several threads at a time, in the order of the calls.
+
+    At most `threads` results wait or are under way; with one thread each call is made here, when it is asked for. An
+    error arrives where the result would have. Closing the returned generator ends the threads.
+    """
+    if threads == 1:
+        for call in calls:
+            yield call()
+        return
+    with ThreadPoolExecutor(threads, "in order", initializer) as pool:
+        under_way: deque[Future] = deque()
+        try:
+            for call in calls:
+                under_way.append(pool.submit(call))
+                if len(under_way) == threads:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            for future in under_way:
+                future.cancel()
+
+
+class Crew:
+    """A few threads that do the parts of one job side by side; for use in `with`, or with close()."""
+
+    def __init__(self, threads: int):
+        self.threads = threads
+        self._pool = ThreadPoolExecutor(threads, "crew") if threads > 1 else None
+
+    def run(self, parts: list[Callable[[], None]]) -> None:
+        """Make all these calls; the threads have nothing more to do with them on return. Raises the first error."""
+        if self._pool is None or len(parts) == 1:
+            for part in parts:
+                part()
+            return
+        futures = [self._pool.submit(part) for part in parts]
+        wait(futures)
+        failed = [error for future in futures if (error := future.exception())]
+        if failed:
+            for other in failed[1:]:
+                failed[0].add_note(f"meanwhile: {type(other).__name__}: {other}")
+            raise failed[0]
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def __enter__(self) -> "Crew":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
 
 class OneBehind:
