@@ -171,7 +171,8 @@ class CountPass:
         return lambda: self._journal.record(slab={"day": slab.day, "keys": store(), **event})
 
     def _storing(
-        self, day: int, values: np.ndarray, first: int, keys: list[np.ndarray], buckets: Buckets, memory: Reused
+        self, day: int, values: np.ndarray, first: int, keys: Callable[[], list[np.ndarray]], buckets: Buckets,
+        memory: Reused,
     ) -> Callable[[], int]:
         """What writes the coded rows and the new keys, and returns how many keys there were."""
         if self.to_buckets[day]:
@@ -183,7 +184,7 @@ class CountPass:
 
         def store() -> int:
             write()
-            return self.spill.add_keys(keys)
+            return self.spill.add_keys(keys())
 
         return store
 

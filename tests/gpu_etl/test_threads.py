@@ -35,11 +35,12 @@ def device(monkeypatch):
         return wrapped
 
     class Finisher(cpu.Finisher):
-        take, finish = checked(cpu.Finisher.take), checked(cpu.Finisher.finish)
+        take, take_shuffled = checked(cpu.Finisher.take), checked(cpu.Finisher.take_shuffled)
+        finish = checked(cpu.Finisher.finish)
 
     module = ModuleType("device")
     vars(module).update({name: value for name, value in vars(cpu).items() if name[0] != "_"})
-    for name in ("find_rows", "group", "host_bytes", "parse", "rows_of", "shuffled"):
+    for name in ("find_rows", "group", "host_bytes", "parse", "rows_of"):
         setattr(module, name, checked(getattr(cpu, name)))
     module.Finisher = Finisher
     module.enter_thread = lambda: entered.add(threading.current_thread())
@@ -78,23 +79,29 @@ class SlowCopies(Finisher):
     """Takes rows as a device does: the copy starts in take(), goes on meanwhile, and is over when someone waited for
     it."""
 
-    def take(self, coded, shifts, order=None):
+    def take(self, coded, day):
+        return self._begin(coded, lambda rows: Finisher.take(self, rows, day))
+
+    def take_shuffled(self, numbered, seed):
+        return self._begin(numbered, lambda rows: Finisher.take_shuffled(self, rows, seed))
+
+    def _begin(self, rows, take):
         once, arrived = threading.Lock(), []
 
         def wait():
             with once:
                 if not arrived:
-                    arrived.append(coded.copy())
+                    arrived.append(rows.copy())
 
-        self._rows = lambda: (wait(), arrived[0])[1], shifts, order
+        self._take = lambda: take((wait(), arrived[0])[1])
         return wait
 
     def finish(self, begin, end, records):
-        rows, shifts, order = self._rows
+        take = self._take
 
         def finished():
             time.sleep(0.02)  # long enough for the reader to fill memory again that it is not kept from
-            Finisher.take(self, rows(), shifts, order)
+            take()
             return Finisher.finish(self, begin, end, records)()
 
         return finished
