@@ -47,15 +47,16 @@ class Kept:
         self.spans: list[tuple[int, int, int]] = []
         self._ends, self._begins = Input("coded rows", np.int64), Input("coded rows", np.int64)
 
-    def add(self, values: Rows, first_row: int) -> bool:
-        """Keep a coded slab, numbered from first_row on. False where there is no room for it."""
-        if self.count + len(values) > self._room:
-            return False
+    def has_room(self, rows: int) -> bool:
+        """Whether so many more rows find place."""
+        return self.count + rows <= self._room
+
+    def add(self, values: Rows, first_row: int) -> None:
+        """Keep a coded slab, numbered from first_row on, for which there is room."""
         if len(values):
             number_rows(values, first_row, self.words, self.count)
             self.spans.append((first_row, self.count, len(values)))
             self.count += len(values)
-        return True
 
     def ranges(self, first: int, end: int) -> list[tuple[int, int]]:
         """Places (begin, end) of the rows with numbers first to end, in the order of their numbers."""
