@@ -134,7 +134,7 @@ WAITS = {"cuStreamSynchronize", "cuEventSynchronize", "cuCtxSynchronize"}
 NEW = {
     "cuMemAlloc", "cuMemFree", "cuMemHostAlloc", "cuMemFreeHost", "cuEventCreate", "cuEventDestroy", "cuStreamCreate",
 }  # fmt: skip
-WARM = 4  # slabs until every buffer has its size
+WARM = 9  # slabs until every buffer has its size
 
 
 def slab_costs(keep: bool) -> Counter:
@@ -148,7 +148,7 @@ def slab_costs(keep: bool) -> Counter:
 
     # Rows of these texts are short, and few: what grows with them has its size from the start.
     cuda_rows._Parser.parse, cuda_dictionary.FIRST_SLOTS, cuda_rows.ROW_BYTES = parse, 1 << 12, 32
-    with days(140, 1) as paths, tempfile.TemporaryDirectory() as out:
+    with days(220, 1) as paths, tempfile.TemporaryDirectory() as out:
         encode_days(paths, Path(out) / "set", Settings(device="cuda", slab_bytes=SLAB, keep_on_device=keep))
     steady = [Counter(after) - Counter(before) for before, after in pairwise(cuts[WARM:-2])]
     assert len(steady) > 4
