@@ -167,6 +167,8 @@ def train(session: Session) -> dict:
     say(f"device {session.device}, {trainer.precision}; {rows:,} rows, {len(loader):,} steps an epoch; {loader}")
     if trainer.precision.autocast not in (None, trainer.matrices):
         say(f"matrix products in {trainer.matrices}: this CPU does them faster than {trainer.precision.autocast}")
+    for remark in trainer.remarks():
+        say(remark)
     if "val" not in session.data.splits:
         say("no validation split: tests on the way, --auc_threshold and --save_best go by the test split")
     place, best_auc = session.place(), 0.0

@@ -39,27 +39,30 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel with the types of its arguments ("*fp32": a pointer), its constants and warps: what one launch is."""
+    """A kernel with the types of its arguments ("*fp32": a pointer), its constants, warps and most registers a thread:
+    what one launch is."""
 
     kernel: object
     types: dict[str, str]
     constants: dict[str, object]
     warps: int
+    registers: int | None = None
 
 
 def variants(tables: int, dim: int, matrices: str, weights: str, rule: str) -> dict[str, Variant]:
-    """Every kernel as the wrappers in model/kernels launch it for such a model, by its name."""
+    """Every kernel as the wrappers in model/kernels launch it for such a model, by its name; with float16, as a step
+    that may be skipped."""
     import triton
 
     from model.kernels import lookup_interaction, staging, unpack, update
 
     m, w = "*" + TYPES[matrices], "*" + TYPES[weights]
-    size = 4 if matrices == "float32" else 2
+    size, skips = 4 if matrices == "float32" else 2, matrices == "float16"
     vectors, chunk, warps = lookup_interaction.launch(tables, dim, size)
     tile = {"TABLES": tables, "DIM": dim, "SELF": False, "PRECISION": "tf32x3", "VECTORS": vectors, "CHUNK": chunk}
     columns, piece = max(16, triton.next_power_of_2(dim)), update.piece_length(dim)
     step = {"DIM": dim, "COLUMNS": columns, "PIECE": piece, "RULE": rule, "EPS": 1e-8, "BETA1": 0.9, "BETA2": 0.999,
-            "STOCHASTIC": weights != "float32", "SKIPS": True}  # fmt: skip
+            "STOCHASTIC": weights != "float32", "SKIPS": skips}  # fmt: skip
     stepped = {"keys": "*i32", "partials": "*fp32", "weight": w, "sums": "*fp32", "squares": "*fp32", "lr": "*fp32",
                "scale": "*fp32", "step": "*i64", "skip": "*fp32", "lookups": "i32"}  # fmt: skip
     return {
@@ -73,16 +76,18 @@ def variants(tables: int, dim: int, matrices: str, weights: str, rule: str) -> d
         ),
         "backward": Variant(
             lookup_interaction._backward,
-            {"grad": m, "bottom": m, "rows_in": "*i32", "weight": w, "grad_bottom": m, "grad_tables": m}, tile, warps,
+            {"grad": m, "bottom": m, "rows_in": "*i32", "weight": w, "grad_bottom": m, "grad_tables": m,
+             "flag": "*fp32" if skips else m}, tile | {"CHECKS": skips}, warps,
         ),
         "step_pieces": Variant(
-            update._step_pieces, {**stepped, "order": "*i64", "grads": m}, step, update.piece_warps(dim, rule, size)
+            update._step_pieces, {**stepped, "order": "*i64", "grads": m}, step, update.piece_warps(dim, rule, size),
+            update.piece_registers(rule, size, skips),
         ),
         "step_spanning": Variant(
             update._step_spanning, stepped, {**step, "GROUP": update.PARTIALS // columns}, update.SPANNING_WARPS
         ),
         "fetch": Variant(
-            staging._fetch, {"weight": w, "keys": "*i32", "staged": w, "lookups": "i32"},
+            staging._fetch, {"weight": w, "keys": "*i32", "slots": "*i32", "staged": w, "lookups": "i32"},
             {"DIM": dim, "COLUMNS": columns, "BLOCK": staging.ROWS}, staging.WARPS,
         ),
         "unpack": Variant(
@@ -104,7 +109,8 @@ def compiled(variant: Variant, capability: str) -> dict[str, int]:
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     target = GPUTarget("cuda", int(capability.replace(".", "")), 32)
     source = ASTSource(variant.kernel, signature, constants, aligned)
-    built = triton.compile(source, target=target, options={"num_warps": variant.warps})
+    options = {"num_warps": variant.warps, "maxnreg": variant.registers}
+    built = triton.compile(source, target=target, options=options)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from model.kernels import MOST_COLUMNS, supported
-from model.kernels.arithmetic import matrix_sum, random_bits, rounded, stochastically_rounded
+from model.kernels.arithmetic import matrix_sum, not_finite, random_bits, rounded, stochastically_rounded
 from model.kernels.cost import Cost, Shape
 
 TILE = 4096  # elements of a piece's tile, where a piece has 16 to 64 look-ups
@@ -34,6 +34,12 @@ def piece_warps(dim: int, rule: str, grad_bytes: int) -> int:
     16 where 32 would take too many registers."""
     elements = 32 if rule in ("sgd", "rowwise_adagrad") and grad_bytes == 2 else 16
     return max(4, piece_length(dim) * triton.next_power_of_2(dim) // (elements * 32))
+
+
+def piece_registers(rule: str, grad_bytes: int, skips: bool) -> int | None:
+    """Most registers a thread of a piece's program: 128 leave room for four programs on a multiprocessor, and SGD does
+    with them without spilling (without `skips` the compiler takes 137 unless told); None: as many as it wants."""
+    return 128 if rule == "sgd" and grad_bytes == 2 and not skips else None
 
 
 @triton.jit
@@ -79,6 +85,17 @@ def _step_rows(
         tl.store(weight + at, rounded(new, weight.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _sums_apart(grads, key, lookup, inside, column, DIM: tl.constexpr):
+    """matrix_sum of a piece with gradients that are infinite or no number: times the 0 of another row, they would be no
+    number there too. Here only the rows that have them get no number. Reads the gradients again, and is rare."""
+    grad = tl.load(grads + lookup[:, None] * DIM + column, mask=inside, other=0.0)
+    same, spoilt = key[:, None] == key[None, :], not_finite(grad.to(tl.float32))
+    clean = tl.where(spoilt, 0.0, grad.to(tl.float32)).to(grad.dtype)
+    marks = matrix_sum(same, spoilt.to(tl.float32).to(grad.dtype))
+    return tl.where(marks > 0, float("nan"), matrix_sum(same, clean))
+
+
 @triton.jit(do_not_specialize=["lookups"])  # a last, short batch compiles nothing
 def _step_pieces(
     keys, order, grads, partials, weight, sums, squares, lr, scale, step, skip, lookups, DIM: tl.constexpr,
@@ -99,6 +116,9 @@ def _step_pieces(
     inside = there[:, None] & (column < DIM)
     grad = tl.load(grads + lookup[:, None] * DIM + column, mask=inside, other=0.0)
     total = matrix_sum(key[:, None] == key[None, :], grad)
+    if not SKIPS:  # noqa: SIM102 - a constant, which compiles nothing; with it, such a step is skipped whole
+        if tl.max(not_finite(total).to(tl.int32)) > 0:
+            total = _sums_apart(grads, key, lookup, inside, column, DIM)
     begins, goes_on = there & (key != before), key == following
     whole = (begins & (key != following))[:, None]
     rows = key.to(tl.int64)[:, None]
@@ -183,6 +203,7 @@ def update(
     _step_pieces[(pieces,)](
         keys, places, grads.contiguous(), partials, weight, sums, squares, *scalars, dim, columns, piece, *last,
         num_warps=piece_warps(dim, rule, grads.element_size()),
+        maxnreg=piece_registers(rule, grads.element_size(), skip is not None),
     )  # fmt: skip
     if pieces > 1:
         group = PARTIALS // columns
