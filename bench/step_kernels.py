@@ -39,14 +39,12 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel with the types of its arguments ("*fp32": a pointer), its constants, warps and most registers a thread:
-    what one launch is."""
+    """A kernel with the types of its arguments ("*fp32": a pointer), its constants and warps: what one launch is."""
 
     kernel: object
     types: dict[str, str]
     constants: dict[str, object]
     warps: int
-    registers: int | None = None
 
 
 def variants(tables: int, dim: int, matrices: str, weights: str, rule: str) -> dict[str, Variant]:
@@ -80,8 +78,7 @@ def variants(tables: int, dim: int, matrices: str, weights: str, rule: str) -> d
              "flag": "*fp32" if skips else m}, tile | {"CHECKS": skips}, warps,
         ),
         "step_pieces": Variant(
-            update._step_pieces, {**stepped, "order": "*i64", "grads": m}, step, update.piece_warps(dim, rule, size),
-            update.piece_registers(rule, size, skips),
+            update._step_pieces, {**stepped, "order": "*i64", "grads": m}, step, update.piece_warps(dim, rule, size)
         ),
         "step_spanning": Variant(
             update._step_spanning, stepped, {**step, "GROUP": update.PARTIALS // columns}, update.SPANNING_WARPS
@@ -109,8 +106,7 @@ def compiled(variant: Variant, capability: str) -> dict[str, int]:
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name].startswith("*")}
     target = GPUTarget("cuda", int(capability.replace(".", "")), 32)
     source = ASTSource(variant.kernel, signature, constants, aligned)
-    options = {"num_warps": variant.warps, "maxnreg": variant.registers}
-    built = triton.compile(source, target=target, options=options)
+    built = triton.compile(source, target=target, options={"num_warps": variant.warps})
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])

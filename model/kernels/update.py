@@ -36,12 +36,6 @@ def piece_warps(dim: int, rule: str, grad_bytes: int) -> int:
     return max(4, piece_length(dim) * triton.next_power_of_2(dim) // (elements * 32))
 
 
-def piece_registers(rule: str, grad_bytes: int, skips: bool) -> int | None:
-    """Most registers a thread of a piece's program: 128 leave room for four programs on a multiprocessor, and SGD does
-    with them without spilling (without `skips` the compiler takes 137 unless told); None: as many as it wants."""
-    return 128 if rule == "sgd" and grad_bytes == 2 and not skips else None
-
-
 @triton.jit
 def _step_rows(
     weight, sums, squares, rows, total, chosen, column, lr, scale, step, DIM: tl.constexpr, RULE: tl.constexpr,
@@ -85,17 +79,6 @@ def _step_rows(
         tl.store(weight + at, rounded(new, weight.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def _sums_apart(grads, key, lookup, inside, column, DIM: tl.constexpr):
-    """matrix_sum of a piece with gradients that are infinite or no number: times the 0 of another row, they would be no
-    number there too. Here only the rows that have them get no number. Reads the gradients again, and is rare."""
-    grad = tl.load(grads + lookup[:, None] * DIM + column, mask=inside, other=0.0)
-    same, spoilt = key[:, None] == key[None, :], not_finite(grad.to(tl.float32))
-    clean = tl.where(spoilt, 0.0, grad.to(tl.float32)).to(grad.dtype)
-    marks = matrix_sum(same, spoilt.to(tl.float32).to(grad.dtype))
-    return tl.where(marks > 0, float("nan"), matrix_sum(same, clean))
-
-
 @triton.jit(do_not_specialize=["lookups"])  # a last, short batch compiles nothing
 def _step_pieces(
     keys, order, grads, partials, weight, sums, squares, lr, scale, step, skip, lookups, DIM: tl.constexpr,
@@ -115,10 +98,15 @@ def _step_pieces(
     lookup = tl.load(order + place, mask=there, other=0).to(tl.int64)
     inside = there[:, None] & (column < DIM)
     grad = tl.load(grads + lookup[:, None] * DIM + column, mask=inside, other=0.0)
-    total = matrix_sum(key[:, None] == key[None, :], grad)
-    if not SKIPS:  # noqa: SIM102 - a constant, which compiles nothing; with it, such a step is skipped whole
-        if tl.max(not_finite(total).to(tl.int32)) > 0:
-            total = _sums_apart(grads, key, lookup, inside, column, DIM)
+    same = key[:, None] == key[None, :]
+    if SKIPS:  # a step with a gradient that is no number is skipped whole
+        total = matrix_sum(same, grad)
+    else:
+        # Such a gradient times the 0 of another row would be no number there too: only its own row gets that.
+        spoilt = tl.max(not_finite(grad.to(tl.float32)).to(tl.int32), 1)
+        total = matrix_sum(same, tl.where(spoilt[:, None] > 0, 0.0, grad.to(tl.float32)).to(grad.dtype))
+        marks = tl.max(tl.where(same, spoilt[None, :], 0), 1)
+        total = tl.where(marks[:, None] > 0, float("nan"), total)
     begins, goes_on = there & (key != before), key == following
     whole = (begins & (key != following))[:, None]
     rows = key.to(tl.int64)[:, None]
@@ -203,7 +191,6 @@ def update(
     _step_pieces[(pieces,)](
         keys, places, grads.contiguous(), partials, weight, sums, squares, *scalars, dim, columns, piece, *last,
         num_warps=piece_warps(dim, rule, grads.element_size()),
-        maxnreg=piece_registers(rule, grads.element_size(), skip is not None),
     )  # fmt: skip
     if pieces > 1:
         group = PARTIALS // columns
