@@ -1,4 +1,4 @@
-"""Cases of test_kernels.py about the step around the kernels, each run in a process of its own: in Triton's interpreter,
+"""Cases of test_kernels.py about the step around the kernels, each run in a process of its own: in the interpreter,
 or on a GPU.
 
     TRITON_INTERPRET=1 python -m tests.model.kernel_cases_step spoilt_gradients
@@ -133,7 +133,7 @@ def replicas() -> None:
                 torch.manual_seed(1)
                 pending = []
                 with DEVICE:
-                    tables = ReplicatedTables((4, 60), 8, Optimizer(name), lambda total, then: pending.append(then))
+                    tables = ReplicatedTables((4, 60), 8, Optimizer(name), lambda _, then, to=pending: to.append(then))
                     tables.weight.data.normal_()
                     index, grad = torch.randint(looked_up % 64, (looked_up,)), torch.randn(looked_up, 8)
                 if not kernels:
