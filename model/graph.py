@@ -108,6 +108,7 @@ class Graph(Static):
             with torch.cuda.stream(self._side):
                 found = super()._work(rows, slot)
             torch.cuda.current_stream().wait_stream(self._side)
+            found.record_stream(torch.cuda.current_stream())
             return found
         if (rows, slot) not in self._graphs:
             self._graphs[rows, slot] = self._record(rows, slot)

@@ -115,7 +115,7 @@ class Trainer:
             with self.clock.part("recorded step"):
                 return step(batch)
 
-        self.run, self.model.embedding.step = run, torch.zeros((), device=self.device)
+        self.run, self.model.embedding.step = run, torch.zeros((), dtype=torch.int64, device=self.device)
         if "capturable" in self.optimizer.param_groups[0]:
             self.optimizer.param_groups[0]["capturable"] = True
 

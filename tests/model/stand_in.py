@@ -9,18 +9,14 @@ uses it. stand_in_cuda.py has streams, events and graphs; Triton's kernels run i
 Not seen here: what kernels of CUDA do, their types inside, timing, and what only C++ asks for (streams of autograd).
 """
 
-import threading
-import traceback
-import weakref
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
-from torch.cuda._sanitizer import StreamSynchronizations
+from torch import is_tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
+
+from tests.model.stand_in_machine import MACHINE
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 aten = torch.ops.aten
@@ -31,133 +27,6 @@ WAITS = {
     "unique_dim_consecutive", "equal", "bincount", "repeat_interleave", "_coalesce", "is_nonzero", "histc",
 }  # fmt: skip
 RANDOM = {"uniform_", "normal_", "random_", "bernoulli_", "exponential_"}  # drawn by the generator of the GPU
-
-
-class Fault(NamedTuple):
-    """kind: "pageable", "waits", "race" or "freed"; what: the operation; where: the function of the project."""
-
-    kind: str
-    what: str
-    where: str
-
-
-@dataclass
-class Memory:
-    """Of some tensors on the device: who allocated it, the last write and the reads since, as (stream, number)."""
-
-    stream: int
-    tensors: int = 0
-    write: tuple[int, int] | None = None
-    reads: dict[int, int] = field(default_factory=dict)
-    recorded: set[int] = field(default_factory=set)
-
-
-class Machine:
-    """The GPU's state, and what was found."""
-
-    def __init__(self):
-        self.lock, self.local = threading.RLock(), threading.local()
-        self.faults: list[Fault] = []
-        self.launches: list[tuple[str, dict[str, torch.dtype]]] = []
-        self.steady = False
-        self.capture = None  # the graph under way, and the thread that records it
-        self.order, self.numbers, self.streams = StreamSynchronizations(), 0, 1
-        self.memory: dict[int, Memory] = {}
-        self.pinned: dict[int, tuple[int, object]] = {}  # first byte -> bytes, and what keeps them
-        self.generator = torch.Generator().manual_seed(1)
-        self.main = threading.get_ident()
-
-    @property
-    def stream(self) -> int:
-        """Number of this thread's current stream."""
-        return getattr(self.local, "stream", 0)
-
-    @property
-    def recording(self) -> bool:
-        """Whether this thread records a graph."""
-        return self.capture is not None and self.capture.thread == threading.get_ident()
-
-    def found(self, kind: str, what: str) -> None:
-        """Note a fault, once."""
-        frames = [f for f in traceback.extract_stack() if "/model/" in f.filename or "/load/" in f.filename]
-        frames = [f for f in frames if "/tests/" not in f.filename and "site-packages" not in f.filename]
-        where = f"{frames[-1].filename.rpartition('/')[2]}:{frames[-1].name}" if frames else "?"
-        fault = Fault(kind, what, where)
-        if fault not in self.faults:
-            self.faults.append(fault)
-
-    def waits(self, what: str) -> None:
-        """The host waits for the device: refused while a graph is recorded, a fault in the main thread's steps."""
-        if self.recording:
-            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({what})")
-        if getattr(self, "sync_debug", 0) == "error":
-            raise RuntimeError(f"called a synchronizing CUDA operation ({what})")
-        if self.steady and threading.get_ident() == self.main:
-            self.found("waits", what)
-
-    def is_pinned(self, tensor: torch.Tensor) -> bool:
-        """Whether a tensor on the host lies in pinned memory."""
-        at = tensor.untyped_storage().data_ptr()
-        return any(begin <= at < begin + size for begin, (size, _) in self.pinned.items())
-
-    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Call the memory pinned, from now on."""
-        storage = tensor.untyped_storage()
-        self.pinned[storage.data_ptr()] = storage.nbytes(), storage
-        return tensor
-
-    def touch(self, reads: list[torch.Tensor], writes: list[torch.Tensor], what: str) -> None:
-        """The current stream's next work reads and writes these (CPU tensors behind those on the device)."""
-        stream, self.numbers = self.stream, self.numbers + 1
-        self.order.update_seq_num(stream, self.numbers)
-        for tensors, writing in ((reads, False), (writes, True)):
-            for tensor in tensors:
-                known = self.memory.get(tensor.untyped_storage().data_ptr())
-                if known is None or not tensor.numel():
-                    continue
-                before = ([known.write] if known.write else []) + (list(known.reads.items()) if writing else [])
-                if not all(self.order.is_ordered_after(stream, number, other) for other, number in before):
-                    self.found("race", what)
-                if writing:
-                    known.write, known.reads = (stream, self.numbers), {}
-                else:
-                    known.reads[stream] = self.numbers
-
-    def made(self, tensor: "OnDevice") -> None:
-        """A tensor on the device came into being; later it goes."""
-        at = tensor.elem.untyped_storage().data_ptr()
-        self.memory.setdefault(at, Memory(self.stream)).tensors += 1
-        weakref.finalize(tensor, self._gone, at).atexit = False
-
-    def _gone(self, at: int) -> None:
-        with self.lock:
-            known = self.memory[at]
-            known.tensors -= 1
-            if known.tensors:
-                return
-            del self.memory[at]
-            used = [*known.reads.items(), *([known.write] if known.write else [])]
-            for stream, number in used:
-                if stream in known.recorded or self.order.is_ordered_after(known.stream, number, stream):
-                    continue
-                self.found("freed", f"memory of stream {known.stream} that stream {stream} still uses")
-
-    @contextmanager
-    def step(self):
-        """Inside, the host must not wait for the device, and copies come from pinned memory."""
-        self.steady = True
-        try:
-            yield
-        finally:
-            self.steady = False
-
-    def kinds(self) -> set[str]:
-        """Of the faults found since the last call."""
-        found, self.faults = self.faults, []
-        return {fault.kind for fault in found}
-
-
-MACHINE = Machine()
 
 
 class OnDevice(torch.Tensor):
@@ -233,7 +102,13 @@ class Functions(TorchFunctionMode):
             if device is not None and device.type == "cuda":
                 there = run(aten._to_copy.default, args[:1], {"device": CUDA, "non_blocking": non_blocking})
                 return there if dtype is None else there.to(dtype)
-        return func(*args, **kwargs)
+        before, MACHINE.local.backward = getattr(MACHINE.local, "backward", False), (
+            func is torch.Tensor.backward and isinstance(args[0], OnDevice)
+        )  # fmt: skip
+        try:
+            return func(*args, **kwargs)
+        finally:
+            MACHINE.local.backward = before
 
 
 def run(func, args, kwargs):
@@ -242,12 +117,13 @@ def run(func, args, kwargs):
         if func is aten._to_copy.default and isinstance(args[0], OnDevice):
             # Autograd's way back from a cast names the device that C++ knows; a user's .cpu() is above.
             kwargs = {name: value for name, value in kwargs.items() if name != "device"}
-        if func in COPIES:
-            _check_copy(func, args, kwargs)
+        blocks = func in COPIES and _check_copy(func, args, kwargs)
         flat, _ = tree_flatten((args, kwargs))
         ours = [x for x in flat if isinstance(x, OnDevice)]
         device = kwargs.get("device")
         on_device = bool(ours) if device is None else torch.device(device).type == "cuda"
+        if getattr(MACHINE.local, "backward", False) and all(isinstance(x, OnDevice) for x in flat if is_tensor(x)):
+            on_device = True  # made by C++ for a gradient, on the device that it knows
         if ours and func not in COPIES:
             _check(func, flat)
         if func is aten.is_pinned.default:
@@ -282,6 +158,8 @@ def run(func, args, kwargs):
         if not views:
             new = [x for x in fresh if x.untyped_storage().data_ptr() not in inputs]
             MACHINE.touch([x.elem for x in ours], written + new, str(func))
+            if blocks:
+                MACHINE.order.all_streams_wait_for_stream(MACHINE.stream)
             if MACHINE.recording:
                 MACHINE.capture.note(work, new, on_device)
         return wrapped
@@ -318,8 +196,8 @@ def _check(func, flat: list) -> None:
         MACHINE.waits(str(func))
 
 
-def _check_copy(func, args, kwargs) -> None:
-    """Copies between host and device."""
+def _check_copy(func, args, kwargs) -> bool:
+    """Copies between host and device; returns whether the host waits for it."""
     if func is aten.copy_.default:
         to, source = args[:2]
         blocking = not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False))
@@ -338,5 +216,7 @@ def _check_copy(func, args, kwargs) -> None:
                 MACHINE.found("pageable", f"{func} of {source.numel()} numbers")
         elif blocking:
             MACHINE.waits(f"{func} that blocks")
-    elif not onto and isinstance(source, OnDevice) and (blocking or to is None or not MACHINE.is_pinned(to)):
+        return blocking
+    if not onto and isinstance(source, OnDevice) and (blocking or to is None or not MACHINE.is_pinned(to)):
         MACHINE.waits(f"{func} to the host")
+    return False

@@ -98,7 +98,9 @@ class CUDAGraph:
         """Recording changes nothing: keep what the work under way is about to change."""
         for tensor in written:
             storage = tensor.untyped_storage()
-            self._before.setdefault(storage.data_ptr(), (storage, storage.clone()))
+            if storage.data_ptr() not in self._before:
+                with torch._C._DisableTorchDispatch():
+                    self._before[storage.data_ptr()] = storage, storage.clone()
 
     def note(self, work, new: list[torch.Tensor], makes: bool) -> None:
         """Record a piece of work, and the memory that takes its results."""
@@ -114,8 +116,9 @@ class CUDAGraph:
 
     def end(self) -> None:
         """Recording ends."""
-        for storage, kept in self._before.values():
-            storage.copy_(kept)
+        with torch._C._DisableTorchDispatch():
+            for storage, kept in self._before.values():
+                storage.copy_(kept)
 
     def replay(self) -> None:
         """Do the work."""
@@ -126,8 +129,7 @@ class CUDAGraph:
 
 @contextmanager
 def recording(graph: CUDAGraph, pool=None, stream=None, capture_error_mode="global"):
-    """torch.cuda.graph."""
-    MACHINE.waits("torch.cuda.graph")
+    """torch.cuda.graph, which waits for the device; but that is once for each size of batches."""
     MACHINE.order.sync_all_streams()
     MACHINE.capture, stream = graph, stream or Stream()
     try:
