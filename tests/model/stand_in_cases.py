@@ -134,7 +134,7 @@ def optimizers() -> None:
     changes = {"embedding_dim": 12, "bottom_mlp_sizes": (12,)}  # no kernels, which steps() has: they take long here
     for name, lacking in [(name, False) for name in NAMES] + [("adagrad", True)]:
         if lacking:  # as torch 2.11 says it
-            adagrad._device_dtype_check_for_fused = lambda p: check(p, cuda_unsupported=True)
+            adagrad._device_dtype_check_for_fused = lambda p, **_: check(p, cuda_unsupported=True)
         ends = []
         for precision in PRECISIONS[::2]:
             trainer = make_trainer(CUDA, precision, name, **changes)

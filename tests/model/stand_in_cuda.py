@@ -216,6 +216,7 @@ def install() -> None:
         "current_stream": lambda device=None: Stream(number=MACHINE.stream), "synchronize": synchronize,
         "is_available": lambda: True, "_lazy_init": lambda: None, "current_device": lambda: 0,
         "device_count": lambda: 1, "set_device": lambda device: None, "graph_pool_handle": lambda: (0, 1),
+        "is_current_stream_capturing": lambda: MACHINE.recording,
         "mem_get_info": lambda device=None: (TOTAL, TOTAL), "memory_allocated": lambda device=None: 1 << 30,
         "max_memory_allocated": lambda device=None: 2 << 30, "cudart": Runtime, "get_device_name": lambda: "stand-in",
         "manual_seed_all": lambda seed: MACHINE.generator.manual_seed(seed + 1),
