@@ -18,8 +18,8 @@ class Clock:
     """
 
     def __init__(self, device: torch.device, every: int = SAMPLED_STEPS):
-        self._cuda, self._steps, self._timed = device.type == "cuda", 0, True
-        self.every = every
+        self._cuda, self._steps, self.every = device.type == "cuda", 0, every
+        self._timed = not self._cuda  # the first wait for data is that for a loader to start
         self._seconds: dict[str, float] = {}
         self._pending: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 

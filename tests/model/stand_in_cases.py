@@ -4,6 +4,9 @@
 """
 # ruff: noqa: E402 - the stand-in comes before all else
 
+import contextlib
+import io
+import json
 import sys
 import tempfile
 from itertools import chain
@@ -17,10 +20,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+import train
 from bench import step_kernels
 from gpu_etl.load.cpu import CpuLoader
 from gpu_etl.load.dataset import RecordFile
 from gpu_etl.load.resident import ResidentLoader
+from gpu_etl.pipeline import Settings, encode_days
 from model.distributed import RankLoader, RankTrainer, make_model
 from model.dlrm import DLRM
 from model.embedding import Storage
@@ -32,6 +37,7 @@ from model.sharding import Piece, Plan
 from model.trainer import Precision, Trainer
 from tests.model.helpers import SIZES, Batch, ListLoader, random_batches, small_config
 from tests.model.stand_in import CUDA, MACHINE, OnDevice
+from tests.reference import write_rows
 
 SCHEDULE = Schedule(0.2, warmup_steps=4, decay_start_step=8, decay_steps=20)
 PRECISIONS = (Precision(), Precision(torch.bfloat16), Precision(torch.float16, 2.0**40, True))
@@ -228,6 +234,28 @@ def sharding() -> None:
             expected = trained(make_trainer(CUDA, precision, "sgd", tables, **changes), batches)
             torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-4)
             assert MACHINE.faults == [], (plan.kinds(), tables, MACHINE.faults)
+
+
+def train_py() -> None:
+    """The whole command with graphs: encoded days in, training in float16 with tests and checkpoints, and on from one of
+    these in the midst of an epoch."""
+    with tempfile.TemporaryDirectory() as folder:
+        days, out = [Path(folder) / f"day_{day}" for day in range(3)], Path(folder) / "out"
+        for day, path in enumerate(days):
+            path.write_bytes(write_rows(seed=day, rows=(150, 60, 60)[day]))
+        encode_days(days, Path(folder) / "set", Settings())
+        words = ["--dataset", f"{folder}/set", "--output_dir", str(out), "@criteo_kaggle", "--cuda_graphs", "--device",
+                 "cuda", "--batch_size", "32", "--test_batch_size", "64", "--test_freq", "6", "--lr", "0.001"]  # fmt: skip
+        runs = (["--epochs", "3", "--save_freq", "5"], 21), (["--epochs", "4", "--ckpt", str(out)], 28)
+        for more, steps in runs:
+            said = io.StringIO()
+            with contextlib.redirect_stdout(said):
+                assert train.main([*words, *more]) == 0
+            result = json.loads(said.getvalue().splitlines()[-1])
+            assert result["steps"] == steps and result["device"] == "cuda" and result["loss_scale"]["skipped"] == 0
+            assert np.isfinite(result["test"]["log_loss"]) and len(result["validation"]) > 0
+            assert MACHINE.faults == [], MACHINE.faults
+        assert (out / "step_20").is_dir()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import safetensors.torch
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -225,6 +226,12 @@ def install() -> None:
     }.items():  # fmt: skip
         setattr(torch.cuda, name, value)
     torch.autocast = Autocast
+    save = safetensors.torch.save_file
+
+    def save_file(tensors: dict, *args, **kwargs) -> None:  # its own copy to the host is in Rust
+        save({name: x.cpu() if isinstance(x, OnDevice) else x for name, x in tensors.items()}, *args, **kwargs)
+
+    safetensors.torch.save_file = save_file
     kind = torch.optim.Optimizer
     kind._group_tensors_by_device_and_dtype = _grouped(kind._group_tensors_by_device_and_dtype)
     InterpretedFunction.run = _launch(InterpretedFunction.run)
