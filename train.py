@@ -29,7 +29,7 @@ from gpu_etl.load.raw import RawDay
 from gpu_etl.load.resident import ResidentLoader
 from gpu_etl.load.scores import ScoreWriter
 from gpu_etl.schema import split_file
-from model import checkpoint, flags, inference, options
+from model import checkpoint, flags, inference, memory, options
 from model.config import ConfigError, ModelConfig, read_config
 from model.device import choose_device, set_threads
 from model.dlrm import DLRM
@@ -95,7 +95,8 @@ class Session:
         self.data, config = open_data(args)
         torch.manual_seed(args.seed)
         mlps, tables = options.optimizers(args)
-        model = self.make_model(config, tables)
+        with memory.explained(memory.tables(config, tables, options.storage(args).dtype), memory.SMALLER_TABLES):
+            model = self.make_model(config, tables)
         steps = -(-self.data.splits["train"].rows // args.batch_size)
         schedule, precision = options.schedule(args, steps), options.precision(args, self.device)
         table_lr = (args.embedding_lr or args.lr) / args.lr
@@ -148,7 +149,8 @@ class Session:
     def test(self, split: str) -> Metrics:
         """Exact metrics on a split."""
         loader = self.load(split, self.args.test_batch_size)
-        return self.trainer.evaluate(loader.batches(), len(loader), f"test on {split}")
+        with memory.explained(f"test on batches of {self.args.test_batch_size:,} rows", "lower --test_batch_size"):
+            return self.trainer.evaluate(loader.batches(), len(loader), f"test on {split}")
 
     def place(self) -> dict:
         """What a resumed run must have in common with the one before, so that its batches go on where they were."""
@@ -167,6 +169,8 @@ def train(session: Session) -> dict:
     say(f"device {session.device}, {trainer.precision}; {rows:,} rows, {len(loader):,} steps an epoch; {loader}")
     if trainer.precision.autocast not in (None, trainer.matrices):
         say(f"matrix products in {trainer.matrices}: this CPU does them faster than {trainer.precision.autocast}")
+    for remark in trainer.remarks():
+        say(remark)
     if "val" not in session.data.splits:
         say("no validation split: tests on the way, --auc_threshold and --save_best go by the test split")
     place, best_auc = session.place(), 0.0
@@ -179,7 +183,8 @@ def train(session: Session) -> dict:
             say(f"warning: {warning}")
         say(f"going on from {folder}, step {trainer.steps:,}")
     if args.profile_steps:
-        say(profile(trainer, loader, args.profile_steps, args.output_dir))
+        with memory.explained(f"profiling batches of {args.batch_size:,} rows", "lower --batch_size"):
+            say(profile(trainer, loader, args.profile_steps, args.output_dir))
         return {"profile": str(args.output_dir / "trace.json")}
     for warning in trainer.schedule.warnings(args.epochs * len(loader)):
         say(f"warning: {warning}")
@@ -191,7 +196,8 @@ def train(session: Session) -> dict:
     state = {"dataset": str(args.dataset.resolve()), "place": place, "threads": torch.get_num_threads()}
     keeper = session.keep(options.keep_options(args), trainer, state, best_auc)
     log = RunLog(args.log_dir, session.mlperf)
-    progress = fit(trainer, loader, lambda: session.test("val"), options.loop_options(args), keeper, log)
+    with memory.explained(f"training on batches of {args.batch_size:,} rows", "lower --batch_size"):
+        progress = fit(trainer, loader, lambda: session.test("val"), options.loop_options(args), keeper, log)
     if session.mlperf:
         session.mlperf.stop(progress.reached)
     result = {
@@ -276,7 +282,8 @@ def run(args: argparse.Namespace, make_session: Callable[[argparse.Namespace], S
     if args.mode == "test":
         return {**result, "test": asdict(session.test("test"))}
     modes = {"predict": predict, "inference_benchmark": inference_benchmark, "export": export}
-    return {**result, **modes[args.mode](session)}
+    with memory.explained(f"--mode {args.mode}", "lower --test_batch_size or --inference_benchmark_batch_sizes"):
+        return {**result, **modes[args.mode](session)}
 
 
 class StoppedError(Exception):

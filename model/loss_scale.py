@@ -19,12 +19,16 @@ class LossScale:
         self._one = torch.ones((), device=device)
         self._good, self.skipped = (torch.zeros((), dtype=torch.int32, device=device) for _ in range(2))
 
+    def begin(self) -> None:
+        """A step begins: nothing is found yet."""
+        self.found.zero_()
+
     def unscale(self, gradients: list[torch.Tensor], others: list[torch.Tensor]) -> None:
-        """Divide the gradients by the scale, in place, and look whether all of them and the others are finite.
+        """Divide the gradients by the scale, in place, and look whether all of them and the others are finite; kernels
+        that make gradients may have put into `found` what they saw of theirs.
 
         The others stay as they are: divided in float16, small ones would become 0.
         """
-        self.found.zero_()
         inverse = self.scale.double().reciprocal().float()
         torch._amp_foreach_non_finite_check_and_unscale_(gradients, self.found, inverse)
         if others:
