@@ -1,0 +1,162 @@
+"""Who a training run is, and which folder is its own: what one run wrote, no other replaces, deletes or continues.
+
+    OUTPUT_DIR/.lock        held by the process that trains into the folder
+    OUTPUT_DIR/run.json     the run that the folder belongs to: the first that wrote there
+    OUTPUT_DIR/step_N, best its checkpoints
+    OUTPUT_DIR/run_ID/      of a run that found the folder taken: the same once more
+
+The run's id stands in each checkpoint's state and in each line of metrics.jsonl.
+"""
+
+import fcntl
+import json
+import os
+import platform
+import uuid
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from common import typed
+from model import atomic
+from model.checkpoint import find, steps_in
+from model.config import ConfigError
+from model.state import STATE, CheckpointError, State, read_state
+
+RUN, LOCK, BEST = "run.json", ".lock", "best"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a checkpoint holds of its run. run: its id; dataset: path of the data set; data: digests of what gives the
+    model's inputs their meaning (gpu_etl.load.identity); place: what makes up the order of its batches; threads: of the
+    CPU; best_auc: on validation so far."""
+
+    __pydantic_config__ = typed.STRICT
+
+    run: str
+    dataset: str
+    data: dict[str, str]
+    place: dict[str, int | str | bool | None]
+    threads: int
+    best_auc: float
+
+
+def run_state(state: State, folder: Path) -> RunState:
+    """A checkpoint's. Raises CheckpointError where it holds none, as train.py writes them."""
+    return typed.read(RunState, state.run, f"{Path(folder) / STATE}: run", CheckpointError)
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """run.json."""
+
+    __pydantic_config__ = typed.STRICT
+
+    version: int
+    run: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run: its id, the --output_dir, the folder that it writes into, and the checkpoint that it goes on from."""
+
+    id: str
+    output_dir: Path
+    folder: Path
+    source: Path | None = None
+
+    @property
+    def continues(self) -> bool:
+        """Whether it goes on in the folder of its checkpoint, as the same run."""
+        return self.source is not None and self.source.parent == self.folder
+
+
+def plan(output_dir: Path, ckpt: Path | None) -> Run:
+    """Who the run is that --output_dir and --ckpt make; touches nothing.
+
+    It is the checkpoint's own run where that is the latest in --output_dir (or in one of its run folders): then it goes
+    on there. Else it is a new run.
+    """
+    source = find(ckpt) if ckpt else None
+    if source:
+        here = source.parent.resolve()
+        known = {folder.resolve(): folder for folder in (output_dir, *output_dir.glob("run_*"))}
+        steps = [path.name for _, path in steps_in(source.parent)]
+        if here in known and steps[-1:] == [source.name]:
+            folder = known[here]
+            return Run(run_state(read_state(source), source).run, output_dir, folder, folder / source.name)
+    return Run(uuid.uuid4().hex[:12], output_dir, output_dir, source)
+
+
+def owner(folder: Path) -> str | None:
+    """The id of the run with checkpoints in the folder; None where there are none; "unknown" where nothing tells."""
+    if not steps_in(folder) and not (folder / BEST / STATE).is_file():
+        return None
+    try:
+        return typed.read_json(RunFile, (folder / RUN).read_bytes(), str(folder / RUN), ConfigError, VERSION).run
+    except (FileNotFoundError, ConfigError):
+        return "unknown"
+
+
+class Claim:
+    """Makes a run's folder its own, until release(): from then on no other run may write there.
+
+    Raises ConfigError where another process trains into --output_dir (must_lock; else the run takes a folder of its
+    own), OSError where it cannot be written. A run that does not go on in its checkpoint's folder, and finds the
+    checkpoints of another there, takes the folder run_ID within it. run: as it is then; said: words for the user.
+    """
+
+    def __init__(self, run: Run, must_lock: bool = True):
+        self.run, self.said, self._lock = run, "", None
+        run.output_dir.mkdir(parents=True, exist_ok=True)
+        locked = self._take_lock(must_lock)
+        taken = None if run.continues else owner(run.output_dir)
+        if taken or not locked:
+            self.run = replace(run, folder=run.output_dir / f"run_{run.id}")
+            self.run.folder.mkdir(exist_ok=True)
+            who = f"checkpoints of the run {taken}" if taken else "another run at work"
+            self.said = f"{run.output_dir} has {who}: this run, {run.id}, writes into {self.run.folder}"
+        atomic.recover(self.run.folder)
+        text = json.dumps(asdict(RunFile(VERSION, run.id))) + "\n"
+        atomic.write_text(self.run.folder / RUN, text)
+
+    def _take_lock(self, must: bool) -> bool:
+        path = self.run.output_dir / LOCK
+        self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            who = path.read_text(errors="replace").strip()
+            self.release()
+            if must:
+                raise ConfigError(
+                    f"--output_dir {self.run.output_dir}: another run is writing there ({who or 'it says not which'}); "
+                    "wait for its end, or name another folder"
+                ) from None
+            return False
+        os.truncate(self._lock, 0)
+        os.write(self._lock, f"run {self.run.id}, process {os.getpid()} on {platform.node()}\n".encode())
+        return True
+
+    def release(self) -> None:
+        """Let others have it."""
+        if self._lock is not None:
+            os.close(self._lock)  # and with it goes the lock, as it does when the process is killed
+            self._lock = None
+
+
+def check_place(there: dict, here: dict, folder: Path) -> None:
+    """Raise ConfigError where a checkpoint's data or order are not those of this run."""
+    keys = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
+    if keys:
+        different = ", ".join(f"{key} {there.get(key)} there, {here.get(key)} here" for key in keys)
+        raise ConfigError(f"--ckpt {folder}: cannot go on with other data or another order: {different}")
+
+
+def different_data(there: dict[str, str], here: dict[str, str]) -> tuple[list[str], list[str]]:
+    """What a model was trained on against what it is given: words for each thing that differs, and the names of those
+    that cannot be compared, as one side does not know them."""
+    known = [key for key in sorted(there.keys() | here.keys()) if key in there and key in here]
+    differs = [f"{key} {there[key]} there, {here[key]} here" for key in known if there[key] != here[key]]
+    return differs, sorted(there.keys() ^ here.keys())
