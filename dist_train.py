@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 import train
-from model import checkpoint, flags, options, placement
+from model import checkpoint, flags, options, placement, runs
 from model.config import ConfigError, ModelConfig
 from model.distributed import RankKeeper, RankLoader, RankTrainer, make_model
 from model.dlrm import DLRM
@@ -35,6 +35,7 @@ from model.optimizers import Optimizer
 from model.predict import MACHINES, Job
 from model.ranks import BACKENDS, choose_device, join
 from model.sharding import Plan, read_plan
+from model.state import State
 from model.watch import Watch
 
 WIRES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -148,9 +149,17 @@ class RankSession(train.Session):
             self._kept[split] = found
         return found
 
-    def restore(self, folder: Path) -> dict:
+    def restore(self, folder: Path) -> State:
         """Go on where a checkpoint is, written by any number of ranks."""
         return checkpoint.restore(folder, self.trainer, self.ranks)
+
+    def plan_run(self) -> runs.Run:
+        """Who this run is: rank 0 says."""
+        return self.ranks.first(super().plan_run() if self.ranks.rank == 0 else None)
+
+    def claim(self, run: runs.Run, must_lock: bool) -> runs.Run:
+        """Rank 0 makes the run's folder its own."""
+        return self.ranks.first(super().claim(run, must_lock) if self.ranks.rank == 0 else None)
 
     def fill(self) -> None:
         """Take the weights of --ckpt."""
@@ -174,16 +183,16 @@ def prepare(args: argparse.Namespace) -> None:
     if int(os.environ.get("RANK", 0)) or not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         return
     # A run that is started again must not take an earlier run's checkpoints for its own: the first start leaves a mark.
-    mark, found = args.output_dir / STARTED, checkpoint.steps_in(args.output_dir)
+    mark, found = args.output_dir / STARTED, checkpoint.latest(args.output_dir)
     restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     if restarts and mark.exists():
-        args.ckpt = found[-1][1] if found else args.ckpt
+        args.ckpt = found or args.ckpt
         train.say(f"started again, time {restarts}")
         return
     mark.unlink(missing_ok=True)
     if found and not args.ckpt:
         raise ConfigError(
-            f"--output_dir {args.output_dir}: holds {found[-1][1].name} of an earlier run, which this one would go on "
+            f"--output_dir {args.output_dir}: holds {found.name} of an earlier run, which this one would go on "
             "from after a fault; name another folder, or --ckpt auto to go on with that run"
         )
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -207,7 +216,7 @@ def run(args: argparse.Namespace, watch: Watch | None, store: dist.Store | None)
     session = sessions[0]
     if session.ranks.rank == 0:
         more = {"command": "dist_train", "world": session.ranks.world, "placement": session.plan.kinds()}
-        print(json.dumps({**result, **more}), flush=True)
+        print(json.dumps(train.jsonable({**result, **more}), allow_nan=False), flush=True)
     part(session, watch)
 
 

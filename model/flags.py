@@ -221,8 +221,10 @@ def _add_test_flags(group) -> None:
 
 def _add_checkpoint_flags(group) -> None:
     group.add_argument(
-        "--output_dir", type=Path, default=Path("runs"), metavar="DIR", help="for checkpoints and --profile_steps"
-    )
+        "--output_dir", type=Path, default=Path("runs"), metavar="DIR",
+        help="for checkpoints and --profile_steps; a new run that finds another run's checkpoints there writes into a "
+        "folder of its own in it, run_ID (default: runs)",
+    )  # fmt: skip
     group.add_argument("--save_model", action=Boolean, default=False, help="write a checkpoint at the end")
     group.add_argument("--save_freq", type=_count(0), default=0, metavar="N", help="write one every N steps")
     group.add_argument("--save_minutes", type=float, default=0.0, metavar="M", help="write one every M minutes")
@@ -237,6 +239,11 @@ def _add_checkpoint_flags(group) -> None:
         "--ckpt", type=Path, metavar="DIR",
         help="checkpoint to go on from or to use, or a folder of some: then the latest in it; auto: the latest in "
         "--output_dir, or none where there is none yet, so that the same command starts a run and goes on with it",
+    )  # fmt: skip
+    group.add_argument(
+        "--allow_other_data", "--allow-other-data", action=Boolean, default=False,
+        help="use --ckpt with a data set of other id maps or other rules for integers than it was trained on (say so "
+        "only where you know that both mean the same), or go on with other rows or another order (default: false)",
     )  # fmt: skip
 
 

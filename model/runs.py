@@ -18,7 +18,7 @@ from pathlib import Path
 
 from common import typed
 from model import atomic
-from model.checkpoint import find, steps_in
+from model.checkpoint import RUN_FOLDERS, find, steps_in
 from model.config import ConfigError
 from model.state import STATE, CheckpointError, State, read_state
 
@@ -75,17 +75,18 @@ class Run:
 def plan(output_dir: Path, ckpt: Path | None) -> Run:
     """Who the run is that --output_dir and --ckpt make; touches nothing.
 
-    It is the checkpoint's own run where that is the latest in --output_dir (or in one of its run folders): then it goes
-    on there. Else it is a new run.
+    Where the checkpoint is the latest of its run, that run goes on: in its own folder, if that is --output_dir or one
+    of the run folders in it, else in --output_dir, if no checkpoints are there. All others are new runs.
     """
     source = find(ckpt) if ckpt else None
-    if source:
-        here = source.parent.resolve()
-        known = {folder.resolve(): folder for folder in (output_dir, *output_dir.glob("run_*"))}
-        steps = [path.name for _, path in steps_in(source.parent)]
-        if here in known and steps[-1:] == [source.name]:
-            folder = known[here]
-            return Run(run_state(read_state(source), source).run, output_dir, folder, folder / source.name)
+    if source and [path.name for _, path in steps_in(source.parent)][-1:] == [source.name]:
+        same = run_state(read_state(source), source).run
+        known = {folder.resolve(): folder for folder in (output_dir, *output_dir.glob(RUN_FOLDERS))}
+        folder = known.get(source.parent.resolve())
+        if folder:
+            return Run(same, output_dir, folder, folder / source.name)
+        if owner(output_dir) is None:
+            return Run(same, output_dir, output_dir, source)
     return Run(uuid.uuid4().hex[:12], output_dir, output_dir, source)
 
 

@@ -242,7 +242,7 @@ def test_sigterm_makes_all_ranks_save_and_end(folder, tmp_path):
     ends = run_main(2, flags(folder, tmp_path), tmp_path, ask_rank_1_to_stop)
     assert [end.status for end in ends] == [143, 143], ends
     found = checkpoint.find(tmp_path)
-    assert f"go on with --ckpt {found}" in ends[0].err and checkpoint.read_state(found)["steps"] in (8, 9)
+    assert f"go on with --ckpt {found}" in ends[0].err and checkpoint.read_state(found).steps in (8, 9)
 
 
 def ask_rank_1_to_stop(rank, words):

@@ -71,8 +71,7 @@ def good(ends):
 def tensors(checkpoint):
     """All tables and their optimiser's memory, whatever files they are in."""
     state = train.checkpoint.read_state(checkpoint)
-    config = train.ModelConfig.from_json(state["model"], "")
-    adagrad = train.Optimizer("adagrad")
+    config, adagrad = state.model, train.Optimizer("adagrad")
     trainer = train.Trainer(train.DLRM(config, True, adagrad), Schedule(1.0), optimizer=adagrad)
     train.checkpoint.restore(checkpoint, trainer)
     return [trainer.model.embedding.weight.detach(), *trainer.model.embedding.state().values(),
