@@ -211,13 +211,18 @@ def train(session: Session) -> dict:
         session.mlperf.event("cache_clear", True)
         tests = session.data.splits.get("val", session.data.splits["test"]).rows
         session.mlperf.run(options.mlperf_settings(args, trainer.schedule, rows, tests))
-    if args.save_model or args.save_freq or args.save_minutes or args.save_best:  # or a signal may ask for one
+    claim = None
+    if args.save_model or args.save_freq or args.save_minutes or args.save_best:
         run = session.claim(run, must_lock=True)
+    else:  # only a signal may ask for a checkpoint
+
+        def claim() -> Path:
+            return session.claim(run, must_lock=False).folder
+
     keep = replace(options.keep_options(args), folder=run.folder)
     own = runs.RunState(
         run.id, str(args.dataset.resolve()), meaning(session.data), place, torch.get_num_threads(), best_auc
     )
-    claim = None if session.claimed else lambda: session.claim(run, must_lock=False).folder
     keeper = session.keep(keep, trainer, asdict(own), run.source, claim)
     log = RunLog(args.log_dir, session.mlperf, run.id)
     progress = fit(trainer, loader, lambda: session.test("val"), options.loop_options(args), keeper, log)

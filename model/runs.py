@@ -59,17 +59,14 @@ class RunFile:
 
 @dataclass(frozen=True)
 class Run:
-    """A run: its id, the --output_dir, the folder that it writes into, and the checkpoint that it goes on from."""
+    """A run: its id, the --output_dir, the folder that it writes into, the checkpoint that it goes on from, and whether
+    it does so in that one's folder, as the same run."""
 
     id: str
     output_dir: Path
     folder: Path
     source: Path | None = None
-
-    @property
-    def continues(self) -> bool:
-        """Whether it goes on in the folder of its checkpoint, as the same run."""
-        return self.source is not None and self.source.parent == self.folder
+    continues: bool = False
 
 
 def plan(output_dir: Path, ckpt: Path | None) -> Run:
@@ -84,7 +81,7 @@ def plan(output_dir: Path, ckpt: Path | None) -> Run:
         known = {folder.resolve(): folder for folder in (output_dir, *output_dir.glob(RUN_FOLDERS))}
         folder = known.get(source.parent.resolve())
         if folder:
-            return Run(same, output_dir, folder, folder / source.name)
+            return Run(same, output_dir, folder, folder / source.name, True)
         if owner(output_dir) is None:
             return Run(same, output_dir, output_dir, source)
     return Run(uuid.uuid4().hex[:12], output_dir, output_dir, source)
