@@ -49,10 +49,10 @@ class DeviceBounds:
     def numbers(self, label: torch.Tensor, dense: torch.Tensor, logged: bool) -> None:
         """Look at labels [B] and numbers [B, 13], int32 or float32."""
         self.wrong |= ((label != 0) & (label != 1)).any()
-        if logged:
+        if dense.is_floating_point():
             self.wrong |= ~dense.isfinite().all()
-        else:
-            self.wrong |= ~(dense >= 0).all()  # so that a NaN is wrong
+        if not logged:
+            self.wrong |= (dense < 0).any()
 
     def ids(self, sparse: torch.Tensor) -> torch.Tensor:
         """Look at ids int32 [B, 26]; gives them back, wrong ones as others that are in range, so that no look-up reads
