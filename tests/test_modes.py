@@ -159,7 +159,6 @@ def test_exported_models_give_the_same_scores(trained, tmp_path, capsys):
     session = ReferenceEvaluator(str(tmp_path / "model.onnx"))
     (found,) = session.run(None, {"dense": batch.dense.numpy(), "sparse": batch.sparse.numpy()})
     np.testing.assert_allclose(found, expected, rtol=1e-4)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.pt2"]
     status, _, said = run(capsys, "--dataset", folder, *MODEL, *words[:-1], tmp_path / "model.h5")
     assert status == 1 and "expected a name that ends in .pt2" in said
 

@@ -57,5 +57,5 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         exported(tmp_path, "m.pt2")
     assert (tmp_path / "m.pt2").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["m.pt2"]
-    with pytest.raises(ConfigError, match="expected a name that ends in .pt2"):
+    with pytest.raises(ConfigError, match=r"expected a name that ends in \.pt2"):
         exported(tmp_path, "m.h5")
