@@ -33,6 +33,7 @@ from model.dlrm import DLRM
 from model.embedding import Storage
 from model.keeper import Keeper
 from model.optimizers import Optimizer
+from model.outcome import StoppedError, explain
 from model.predict import MACHINES, Job
 from model.ranks import BACKENDS, choose_device, join
 from model.sharding import Plan, read_plan
@@ -218,7 +219,7 @@ def run(args: argparse.Namespace, watch: Watch | None, store: dist.Store | None)
 
     try:
         result = train.run(args, make_session)
-    except train.StoppedError:
+    except StoppedError:
         part(sessions[0], watch)
         raise
     session = sessions[0]
@@ -246,12 +247,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with contextlib.redirect_stderr(quiet) if quiet else contextlib.nullcontext():
             run(args, watch, store)
-    except train.StoppedError as stopped:
+    except StoppedError as stopped:
         if not quiet:
             train.say(str(stopped))
         return stopped.status
     except train.EXPECTED as error:
-        status, words = train.explain(error)
+        status, words = explain(error)
         if watch:
             watch.failed(status, words)
         train.say(words)

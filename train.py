@@ -40,6 +40,8 @@ from model.logs import RunLog, jsonable, summary
 from model.metrics import Metrics, measure
 from model.mlperf_log import MLPerfLog
 from model.optimizers import Optimizer
+from model.outcome import StoppedError, explain
+from model.runs import RunState
 from model.state import State
 from model.trainer import Trainer
 
@@ -58,7 +60,7 @@ def open_data(args: argparse.Namespace) -> tuple[DataSet, ModelConfig]:
     if args.mode != "train":
         args.ckpt = checkpoint.find(args.ckpt)
         config = checkpoint.read_state(args.ckpt).model
-        check_data(args, data, config, args.ckpt)
+        check_data(args, data, config)
         return data, config
     config, path = read_config(args.model_config)
     config.check_columns(DENSE, SPARSE, str(path))
@@ -69,19 +71,15 @@ def open_data(args: argparse.Namespace) -> tuple[DataSet, ModelConfig]:
     return data, config
 
 
-def check_data(args: argparse.Namespace, data: DataSet, config: ModelConfig, folder: Path) -> None:
-    """Raise ConfigError or DataError where the data set is not one that the model in a checkpoint's folder can be used
-    with; what cannot be told is said."""
-    there = runs.run_state(checkpoint.read_state(folder), folder)
-    differs, unknown = runs.different_data(there.data, meaning(data))
-    if differs:
-        words = f"{data.folder} is not like {there.dataset}, which the model was trained on: {'; '.join(differs)}"
-        if not args.allow_other_data:
-            raise ConfigError(f"--ckpt {folder}: {words}; take that one, or --allow_other_data if both mean the same")
-        say(f"warning: {words}")
-    if unknown:
-        say(f"{data.folder}: one of it and {there.dataset} has no manifest: {', '.join(unknown)} cannot be compared")
+def check_data(args: argparse.Namespace, data: DataSet, config: ModelConfig, place: dict | None = None) -> RunState:
+    """What --ckpt says of its run. Raises ConfigError or DataError where the data set is not one that its model can be
+    used with, or (place: Session.place()) be trained on with; what cannot be told is said."""
+    there = runs.run_state(checkpoint.read_state(args.ckpt), args.ckpt)
+    given = runs.Given(data.folder, meaning(data), place, args.allow_other_data)
+    for remark in runs.compare(there, given, args.ckpt):
+        say(remark)
     check_ids(data, config)
+    return there
 
 
 def check_ids(data: DataSet, config: ModelConfig) -> None:
@@ -199,8 +197,9 @@ def train(session: Session) -> dict:
     if "val" not in session.data.splits:
         say("no validation split: tests on the way, --auc_threshold and --save_best go by the test split")
     run, place, best_auc = session.plan_run(), session.place(), 0.0
+    args.ckpt = run.source
     if run.source:
-        best_auc = go_on(session, run, place)
+        best_auc = go_on(session, place)
     if args.profile_steps:
         say(profile(trainer, loader, args.profile_steps, args.output_dir))
         return {"profile": str(args.output_dir / "trace.json")}
@@ -252,21 +251,14 @@ def train(session: Session) -> dict:
     return {**result, "test": asdict(found)}
 
 
-def go_on(session: Session, run: runs.Run, place: dict) -> float:
-    """Fill the trainer with the run's checkpoint, once it is known to fit; returns the best AUC so far."""
-    args, folder = session.args, run.source
-    before = runs.run_state(checkpoint.read_state(folder), folder)
-    try:
-        runs.check_place(before.place, place, folder)
-    except ConfigError as error:
-        if not args.allow_other_data:
-            raise
-        say(f"warning: {error}")
-    check_data(args, session.data, session.trainer.model.config, folder)
-    session.restore(folder)
+def go_on(session: Session, place: dict) -> float:
+    """Fill the trainer with --ckpt, once it is known to fit; returns the best AUC so far."""
+    args = session.args
+    before = check_data(args, session.data, session.trainer.model.config, place)
+    session.restore(args.ckpt)
     if warning := set_threads(args.threads, before.threads):
         say(f"warning: {warning}")
-    say(f"going on from {folder}, step {session.trainer.steps:,}")
+    say(f"going on from {args.ckpt}, step {session.trainer.steps:,}")
     return before.best_auc
 
 
@@ -276,7 +268,7 @@ def predict(session: Session) -> dict:
     source = args.input or args.dataset
     if source.is_dir():
         data = open_dataset(source, "auto")
-        check_data(args, data, session.trainer.model.config, args.ckpt)
+        check_data(args, data, session.trainer.model.config)
         loader = CpuLoader(data.splits["test"], args.test_batch_size, session.device)
         batches, labelled = loader.batches(), True
     else:
@@ -335,27 +327,8 @@ def do(args: argparse.Namespace, session: Session) -> dict:
     return {**result, **modes[args.mode](session)}
 
 
-class StoppedError(Exception):
-    """A signal ended the run, after a checkpoint."""
-
-    def __init__(self, number: int, words: str):
-        super().__init__(words)
-        self.status = 128 + number
-
-
 # What a user's data, settings, machine or signals may cause: a line of words, not a traceback.
 EXPECTED = (DataError, ConfigError, OSError, StoppedError, KeyboardInterrupt)
-
-
-def explain(error: BaseException) -> tuple[int, str]:
-    """Exit status and words for one of EXPECTED."""
-    if isinstance(error, StoppedError):
-        return error.status, str(error)
-    if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted"
-    if isinstance(error, OSError):
-        return 1, f"error: {error.filename or ''}: {error.strerror or error}"
-    return 1, f"error: {error}"
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:

@@ -154,14 +154,21 @@ def steps_in(folder: Path) -> list[tuple[int, Path]]:
 def latest(folder: Path) -> Path | None:
     """The latest checkpoint of the one run that has some in a folder; None where there is none.
 
-    Raises CheckpointError where several runs have: which of them is meant, nobody can know.
+    Raises CheckpointError where several runs have (which of them is meant, nobody can know), and where a later one has
+    lost its state.
     """
     folder = Path(folder)
     runs = [found for of in (folder, *sorted(folder.glob(RUN_FOLDERS))) if (found := steps_in(of))]
     if len(runs) > 1:
         ends = ", ".join(str(found[-1][1]) for found in runs)
         raise CheckpointError(f"--ckpt {folder}: {len(runs)} runs have checkpoints there; name one of {ends}")
-    return runs[0][-1][1] if runs else None
+    if not runs:
+        return None
+    steps, found = runs[0][-1]
+    for path in found.parent.glob("step_*"):
+        if (match := STEP_FOLDER.fullmatch(path.name)) and int(match[1]) > steps:
+            raise CheckpointError(f"{path}: damaged (no {STATE} in it); delete it, or name an earlier one: {found}")
+    return found
 
 
 def find(folder: Path) -> Path:

@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import uuid
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -144,17 +145,36 @@ class Claim:
             self._lock = None
 
 
-def check_place(there: dict, here: dict, folder: Path) -> None:
-    """Raise ConfigError where a checkpoint's data or order are not those of this run."""
-    keys = [key for key in sorted(there.keys() | here.keys()) if there.get(key) != here.get(key)]
-    if keys:
-        different = ", ".join(f"{key} {there.get(key)} there, {here.get(key)} here" for key in keys)
-        raise ConfigError(f"--ckpt {folder}: cannot go on with other data or another order: {different}")
+@dataclass(frozen=True)
+class Given:
+    """What a checkpoint is to be used with: the data set's path and meaning (RunState.data), and, to go on, the place
+    (RunState.place); allow: differences are told, and no error."""
+
+    folder: Path
+    data: dict[str, str]
+    place: dict | None = None
+    allow: bool = False
 
 
-def different_data(there: dict[str, str], here: dict[str, str]) -> tuple[list[str], list[str]]:
-    """What a model was trained on against what it is given: words for each thing that differs, and the names of those
-    that cannot be compared, as one side does not know them."""
-    known = [key for key in sorted(there.keys() | here.keys()) if key in there and key in here]
-    differs = [f"{key} {there[key]} there, {here[key]} here" for key in known if there[key] != here[key]]
-    return differs, sorted(there.keys() ^ here.keys())
+def compare(there: RunState, here: Given, ckpt: Path) -> list[str]:
+    """Hold what a checkpoint's run was trained on against what it is given; returns what the user is to know: what
+    cannot be compared, as one side does not know it, and differences that are allowed.
+
+    Raises ConfigError, naming both sides, for others.
+    """
+    found, allow = [], "; take that one, or --allow_other_data if both mean the same"
+    if words := _different(there.data, here.data, there.data.keys() & here.data.keys()):
+        found.append(f"{here.folder} is not like {there.dataset}, which the model was trained on: {words}")
+    if here.place and (words := _different(there.place, here.place, there.place.keys() | here.place.keys())):
+        found.append(f"cannot go on with other data or another order: {words}")
+        allow = ""
+    if found and not here.allow:
+        raise ConfigError(f"--ckpt {ckpt}: {'; '.join(found)}{allow}")
+    unknown = sorted(there.data.keys() ^ here.data.keys())
+    remark = f"{here.folder}: one of it and {there.dataset} has no manifest: {', '.join(unknown)} cannot be compared"
+    return [f"warning: --ckpt {ckpt}: {words}" for words in found] + [remark] * bool(unknown)
+
+
+def _different(there: dict, here: dict, keys: Iterable[str]) -> str:
+    differs = [key for key in sorted(keys) if there.get(key) != here.get(key)]
+    return ", ".join(f"{key} {there.get(key)} there, {here.get(key)} here" for key in differs)

@@ -218,7 +218,9 @@ def test_other_id_maps_are_refused_everywhere(folder, twin, trained, day_files, 
     ]
     assert f"{expected[0]} there, {expected[1]} here" in said
     status, _, said = run(capsys, "--mode", "test", "--ckpt", trained, "--dataset", twin, "--allow-other-data")
-    assert status == 0 and f"warning: {twin} is not like {folder}" in said and expected[1] in said
+    assert (
+        status == 0 and "warning: --ckpt" in said and f": {twin} is not like {folder}" in said and expected[1] in said
+    )
 
 
 def test_another_rule_for_integers_is_refused(day_files, folder, trained, tmp_path, capsys):
