@@ -167,7 +167,7 @@ def latest(folder: Path) -> Path | None:
     steps, found = runs[0][-1]
     for path in found.parent.glob("step_*"):
         if (match := STEP_FOLDER.fullmatch(path.name)) and int(match[1]) > steps:
-            raise CheckpointError(f"{path}: damaged (no {STATE} in it); delete it, or name an earlier one: {found}")
+            raise CheckpointError(f"{path}: damaged (no {STATE} in it); delete it, or name an earlier one, {found}")
     return found
 
 

@@ -139,6 +139,6 @@ def test_find_says_what_it_expected(tmp_path):
 def test_a_later_checkpoint_without_its_state_is_not_passed_over(tmp_path):
     run(tmp_path, every_steps=6)
     (tmp_path / "step_20" / "state.json").unlink()
-    with pytest.raises(checkpoint.CheckpointError, match=r"step_20: damaged \(no state.json in it\); .* step_18"):
+    with pytest.raises(checkpoint.CheckpointError, match=r"step_20: damaged \(no state.json in it\); .*step_18"):
         checkpoint.find(tmp_path)
     assert checkpoint.find(tmp_path / "step_18").name == "step_18"
