@@ -60,7 +60,18 @@ class _Parser(argparse.ArgumentParser):
     in model/recipes."""
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        return shlex.split(arg_line, comments=True)
+        try:
+            return shlex.split(arg_line, comments=True)
+        except ValueError as error:
+            self.error(f"in a file of flags, the line {arg_line!r}: {error}")
+
+    def _read_args_from_files(self, arg_strings):
+        try:
+            return super()._read_args_from_files(arg_strings)
+        except RecursionError:
+            self.error(f"{' '.join(arg_strings)[:200]}: a file of flags that takes itself in")
+        except UnicodeDecodeError as error:
+            self.error(f"{' '.join(arg_strings)[:200]}: a file of flags is no text: {error}")
 
     def parse_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else list(args)

@@ -41,6 +41,7 @@ class RunLog:
             self._lines = open(folder / LINES, "a", buffering=1)  # noqa: SIM115 - closed in close()
             self._lines.write("\n" * torn)
             self._board = SummaryWriter(folder)
+            self._board.add_text("run", run)
         self.folder = folder
 
     def _write(self, event: str, step: int, **values) -> None:
@@ -76,7 +77,7 @@ class RunLog:
         if self._lines:
             self._lines.close()
             self._board.close()
-            draw_curves(self.folder)
+            draw_curves(self.folder, self._run)
 
 
 def summary(result: dict, found: Metrics) -> str:
@@ -111,13 +112,15 @@ def read_lines(path: Path) -> list[dict]:
     return found
 
 
-def draw_curves(folder: Path) -> None:
-    """Draw the folder's metrics.jsonl as curves.png: loss and learning rate, AUC, over steps. Of a step that was run
-    twice, before and after a resume, the last line counts."""
+def draw_curves(folder: Path, run: str) -> None:
+    """Draw a run's lines of the folder's metrics.jsonl as curves.png: loss and learning rate, AUC, over steps. Of a
+    step that was run twice, before and after a resume, the last line counts. The picture holds the run's id."""
     from matplotlib.figure import Figure
 
     events: dict[str, dict[int, dict]] = {kind: {} for kind in EVENTS}
     for event in read_lines(folder / LINES):
+        if event.get("run") != run:
+            continue
         events[event["event"]][event["step"]] = event
 
     def curve(kind: str, key: str) -> tuple[list[int], list[float]]:
@@ -142,5 +145,5 @@ def draw_curves(folder: Path) -> None:
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
     part = folder / f"{CURVES}.part"
-    figure.savefig(part, format="png")
+    figure.savefig(part, format="png", metadata={"run": run})
     part.replace(folder / CURVES)

@@ -115,7 +115,8 @@ class Claim:
             self.run = replace(run, folder=run.output_dir / f"run_{run.id}")
             self.run.folder.mkdir(exist_ok=True)
             who = f"checkpoints of the run {taken}" if taken else "another run at work"
-            self.said = f"{run.output_dir} has {who}: this run, {run.id}, writes into {self.run.folder}"
+            words = f"{run.output_dir} has {who}: this run, {run.id}, writes into {self.run.folder}"
+            self.said = "\n".join(filter(None, (self.said, words)))
         atomic.recover(self.run.folder)
         text = json.dumps(asdict(RunFile(VERSION, run.id))) + "\n"
         atomic.write_text(self.run.folder / RUN, text)
@@ -134,6 +135,8 @@ class Claim:
                     "wait for its end, or name another folder"
                 ) from None
             return False
+        except OSError as error:  # some network file systems
+            self.said = f"{path} cannot be locked ({error.strerror}): a second run at work there would go unnoticed"
         os.truncate(self._lock, 0)
         os.write(self._lock, f"run {self.run.id}, process {os.getpid()} on {platform.node()}\n".encode())
         return True

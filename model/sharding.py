@@ -25,6 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common import typed
+from model import atomic
 from model.config import ConfigError, ModelConfig
 
 VERSION = 1
@@ -108,7 +109,7 @@ class Plan:
         lines = [json.dumps(table) for table in values.pop("tables")]
         head = json.dumps(values)[:-1]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(head + ', "tables": [\n  ' + ",\n  ".join(lines) + "\n]}\n")
+        atomic.write_text(path, head + ', "tables": [\n  ' + ",\n  ".join(lines) + "\n]}\n")
 
     def check(self, config: ModelConfig, world: int, optimizer: str, where: str) -> None:
         """Raise PlanError, naming `where`, unless it covers every table of this model once, on these ranks."""

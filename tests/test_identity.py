@@ -127,6 +127,15 @@ def test_two_runs_at_once_are_refused(folder, tmp_path, capsys):
     assert run(capsys, *short_run(folder, tmp_path))[0] == 0
 
 
+def test_where_nothing_can_be_locked_it_is_said(folder, tmp_path, capsys, monkeypatch):
+    def refuse(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    status, _, said = run(capsys, *short_run(folder, tmp_path))
+    assert status == 0 and "cannot be locked (No locks available): a second run at work there" in said
+
+
 def test_a_killed_run_holds_no_lock(folder, tmp_path, capsys):
     child = "import os, sys, train; train.fit = lambda *_: os.kill(os.getpid(), 9); train.main(sys.argv[1:])"
     words = [str(word) for word in short_run(folder, tmp_path)]
@@ -151,7 +160,9 @@ def test_logs_belong_to_a_run(folder, tmp_path, capsys):
     (other,) = tmp_path.glob("run_*")
     lines = [logs.read_lines(path / logs.LINES) for path in (tmp_path, other)]
     ids = [{line["run"] for line in some} for some in lines]
-    assert [len(some) for some in ids] == [1, 1] and ids[0] != ids[1] and (other / logs.CURVES).exists()
+    assert [len(some) for some in ids] == [1, 1] and ids[0] != ids[1]
+    for path, (run_id,) in zip((tmp_path, other), ids, strict=True):
+        assert b"run\0" + run_id.encode() in (path / logs.CURVES).read_bytes()
 
 
 @pytest.mark.parametrize("torn", [b'{"event": "train", "step": 5, "ti', b"\xff\xfe\n", b"[1]\n", b'{"event": "val"}\n'])
@@ -167,7 +178,7 @@ def test_torn_lines_of_a_log_end_no_training(folder, tmp_path, capsys, torn):
 
 
 def test_a_plot_that_fails_ends_no_training(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(logs, "draw_curves", lambda folder: 1 / 0)
+    monkeypatch.setattr(logs, "draw_curves", lambda folder, run: 1 / 0)
     status, result, said = run(capsys, *short_run(folder, tmp_path), "--log_dir", tmp_path)
     assert status == 0 and result["test"]["rows"] == 126 and "logs could not be finished: ZeroDivisionError" in said
 
