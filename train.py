@@ -29,7 +29,7 @@ from gpu_etl.load.identity import meaning, rows_digest, sample
 from gpu_etl.load.raw import RawDay
 from gpu_etl.load.resident import ResidentLoader
 from gpu_etl.load.scores import ScoreWriter
-from gpu_etl.schema import DENSE, SPARSE, split_file
+from gpu_etl.schema import DENSE, SPARSE
 from model import checkpoint, flags, inference, memory, options, runs
 from model.config import ConfigError, ModelConfig, read_config
 from model.device import choose_device, set_threads
