@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gpu_etl.errors import DataError
-from gpu_etl.load import dali
+from gpu_etl.load import dali as dali_module
 from gpu_etl.load.batch import batch_ranges
 from gpu_etl.load.cpu import CpuLoader
 from gpu_etl.load.dali import DaliLoader
@@ -60,8 +60,8 @@ def test_both_loaders_give_the_same_bits(folder, batch_size, start):
 
 
 def test_dali_builds_its_pipeline_once(folder, monkeypatch):
-    built, real = [], dali._pass_on
-    monkeypatch.setattr(dali, "_pass_on", lambda *words, **more: built.append(1) or real(*words, **more))
+    built, real = [], dali_module._pass_on
+    monkeypatch.setattr(dali_module, "_pass_on", lambda *words, **more: built.append(1) or real(*words, **more))
     data = open_dataset(folder).splits["train"]
     loader, plain = DaliLoader(data, 33, CPU, shuffle=True), CpuLoader(data, 33, CPU, shuffle=True)
     for epoch in range(3):
