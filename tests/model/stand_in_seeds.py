@@ -200,8 +200,9 @@ def tables_in_memory_that_is_not_pinned() -> None:
 
 SEEDS = [
     a_number_of_the_device_in_the_step, a_scan_that_one_block_does, copies_from_pageable_memory,
-    streams_without_an_order, memory_given_away_too_early, tensors_of_two_devices, types_that_no_kernel_was_compiled_for,
-    fused_adagrad_taken_for_granted, a_learning_rate_that_the_host_asks_for, tables_that_draw_from_two_generators,
+    streams_without_an_order, memory_given_away_too_early, tensors_of_two_devices,
+    types_that_no_kernel_was_compiled_for, fused_adagrad_taken_for_granted,
+    a_learning_rate_that_the_host_asks_for, tables_that_draw_from_two_generators,
     full_batches_without_a_graph, a_number_that_the_graph_keeps, tables_in_memory_that_is_not_pinned,
 ]  # fmt: skip
 
