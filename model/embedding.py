@@ -76,6 +76,17 @@ def _pinned(weight: torch.Tensor, owner: nn.Module) -> torch.Tensor:
     return weight
 
 
+def check_ids(ids: torch.Tensor, limits: torch.Tensor) -> None:
+    """Raise ConfigError where one of ids int [B, T] is not from 0 to below its column's limit int [T]."""
+    wrong = (ids < 0) | (ids >= limits)
+    if wrong.any():
+        row, column = wrong.nonzero()[0].tolist()
+        raise ConfigError(
+            f"row {row + 1} of a batch, table {column}: expected an id from 0 to {int(limits[column]) - 1}, got "
+            f"{int(ids[row, column])}; the data set is not that of this model"
+        )
+
+
 def _scalar(buffer: torch.Tensor, value: float | torch.Tensor) -> torch.Tensor:
     """The tensor itself, or the buffer with the number in it."""
     return value if isinstance(value, torch.Tensor) else buffer.fill_(value)
@@ -239,6 +250,8 @@ class _Tables(nn.Module):
         ids = sparse.long()
         if self.hash_indices:
             ids = ids % self.limits
+        elif not (on_gpu(ids) or torch.compiler.is_compiling()):  # there, loaders (DeviceBounds) and Scorer look
+            check_ids(ids, self.limits)
         return (ids + self.begins).flatten()
 
 
