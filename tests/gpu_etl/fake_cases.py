@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from numba import cuda as numba_cuda
 
-from gpu_etl import cluster, cpu, cuda, cuda_dictionary, cuda_encode, cuda_launch, cuda_rows, memory, prefetch, shuffle
+from gpu_etl import cluster, cpu, cuda, cuda_dictionary, cuda_encode, cuda_launch, cuda_rows, memory, prefetch
 from gpu_etl.pipeline import Settings, encode_days
 from gpu_etl.schema import choose_preset
 from gpu_etl.shuffle import start_of_keys
@@ -187,7 +187,7 @@ def seeded_pinned() -> None:
         return lambda: time.sleep(0.3) or wait()  # a device that is behind, and a reader that is not
 
     cuda.Finisher.finish = finish
-    shuffle.BUCKET_BYTES = cuda.BUCKET_BYTES = 1 << 10
+    cpu.BUCKET_BYTES = cuda.BUCKET_BYTES = 1 << 10
     with days(60, 2) as paths, suppress(AssertionError):
         agrees_with_the_cpu(paths)
     found("pinned memory changed before it was copied")
