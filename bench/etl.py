@@ -18,6 +18,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=1_000_000, metavar="N", help="synthetic rows (default: 1,000,000)")
     parser.add_argument("--device", default="auto", choices=DEVICES, help="of our encode (default: auto)")
     parser.add_argument("--repeat", type=int, default=3, metavar="N", help="runs of each, of which the median counts")
+    parser.add_argument("--stages", action="store_true", help="the stages one by one instead, and what limits")
 
 
 def _inflate_seconds(paths: list[Path]) -> float:
@@ -34,8 +35,12 @@ def measure(args: argparse.Namespace) -> dict:
     """Encode the same rows as text, as gzip, and with Polars; each figure is a whole process, its start included,
     and the median of several.
 
-    Ours also shuffles the training rows and writes checksums; Polars does neither.
+    Ours also shuffles the training rows and writes checksums; Polars does neither. With --stages: see etl_stages.
     """
+    if args.stages:
+        from bench import etl_stages
+
+        return etl_stages.measure(args.rows, args.repeat)
     with tempfile.TemporaryDirectory() as folder:
         text, packed = f"{folder}/text", f"{folder}/gzip"
         device = "--device", args.device

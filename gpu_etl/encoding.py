@@ -79,7 +79,7 @@ class EncodePass:
             (piece.day, self._spill.read(piece.day, piece.begin, piece.end))
             for piece in pieces(self._day_rows, begin + done, end, self._kernels.ENCODE_ROWS)
         )
-        with formats.SplitWriter(self._form, self._work, split, self._table_sizes, done) as writer:
+        with formats.SplitWriter(self._form, self._work, split, self._table_sizes, done, self._buckets.crew) as writer:
             with OneBehind(self._kernels.enter_thread) as writing:
                 for day, coded in prefetch(blocks, initializer=self._kernels.enter_thread):
                     self._finisher.take(coded, day)
@@ -104,7 +104,7 @@ class EncodePass:
         kernels, step = self._kernels, self._kernels.ENCODE_ROWS
         memory = [Reused(kernels.host_bytes) for _ in range(3)]
         buckets = self._buckets.whole(len(gathered), memory, kernels.enter_thread)
-        with formats.SplitWriter(self._form, self._work, split, self._table_sizes, done) as writer:
+        with formats.SplitWriter(self._form, self._work, split, self._table_sizes, done, self._buckets.crew) as writer:
             with OneBehind(kernels.enter_thread) as writing:
                 for bucket, numbered in enumerate(buckets, len(gathered)):
                     rows = len(numbered)

@@ -79,7 +79,7 @@ class KeptEncodePass(EncodePass):
             ranges += self._kept.ranges(first + piece.begin, first + piece.end)
         with (
             tqdm(total=end - begin, unit="rows", unit_scale=True, desc=f"encode {split:5}", file=sys.stderr) as bar,
-            formats.SplitWriter(self._form, self._work, split, self._table_sizes, 0) as writer,
+            formats.SplitWriter(self._form, self._work, split, self._table_sizes, 0, self._buckets.crew) as writer,
         ):
             with OneBehind(self._kernels.enter_thread) as writing:
                 for finished in self._finished(ranges, shuffled, bar):

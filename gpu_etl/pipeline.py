@@ -17,6 +17,7 @@ from gpu_etl.encoding import EncodePass, day_shifts, scatter
 from gpu_etl.errors import BadRowError, DataError, DeviceMemoryError
 from gpu_etl.extract import Source, open_sources
 from gpu_etl.journal import Journal
+from gpu_etl.prefetch import Crew
 from gpu_etl.schema import FIRST_DENSE
 from gpu_etl.settings import Settings
 from gpu_etl.shuffle import Buckets
@@ -138,6 +139,7 @@ def _run(
         settings.max_bad_rows, settings.to_buckets(len(sources)),
     )  # fmt: skip
     buckets = _buckets(settings, job, counting, journal, work)
+    buckets.crew = Crew(max(1, int(threads / kernels.CORES_PER_WRITER)))
     on_device = kept.begin(kernels, journal, guess_rows(sources, settings.preset)) if settings.keep_on_device else None
     if on_device is not None:
         counting.store = kept.Store(on_device, journal, counting.spill, buckets, counting.to_buckets)

@@ -31,12 +31,14 @@ def words_of(numbered: np.ndarray) -> np.ndarray:
 
 
 def append(file: BinaryIO, array: np.ndarray) -> None:
-    """Append a contiguous array to a file opened for it; it is with the kernel on return, or OSError was raised.
+    """Append a contiguous array to a file opened for it, unbuffered; it is with the kernel on return, or OSError was
+    raised. All bytes of work files and splits that one process writes go through here.
 
     ndarray.tofile leaves the last bytes in a buffer of C, and says nothing where a full disk does not take them.
     """
-    file.write(array)
-    file.flush()
+    view = memoryview(array.reshape(-1).view(np.uint8))
+    while view:
+        view = view[file.write(view) :]
 
 
 def open_cut(path: Path, size: int) -> BinaryIO:
@@ -49,7 +51,7 @@ def open_cut(path: Path, size: int) -> BinaryIO:
             "machine stop?), so it cannot go on; delete this folder and start again"
         )
     os.truncate(path, size)
-    return open(path, "ab")
+    return open(path, "ab", buffering=0)
 
 
 class Spill:

@@ -4,7 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
-from gpu_etl import manifest
+from gpu_etl import backend, manifest
 from gpu_etl.errors import DataError
 from gpu_etl.extract import Source
 from gpu_etl.schema import RECORD_BYTES, Preset
@@ -18,11 +18,15 @@ ASSUMED_TEXT_ROW_BYTES = 220
 
 
 def describe_job(sources: list[Source], settings: Settings) -> dict:
-    """What makes an unfinished run the same run: not what is done about bad rows, as there were none so far."""
+    """What makes an unfinished run the same run: not what is done about bad rows, as there were none so far.
+
+    A bucket of the shuffle suits the device, or a task where there are many, on any device.
+    """
+    size = backend.bucket_bytes("cpu" if settings.on_cluster else settings.device)
     return {
         "settings": without_bad_rows(settings.shaping()),
         "sources": [{"file": source.path.name, "bytes": source.size} for source in sources],
-        "buckets": bucket_count(guess_rows(sources, settings.preset)) if settings.shuffle else 0,
+        "buckets": bucket_count(guess_rows(sources, settings.preset), size) if settings.shuffle else 0,
         "cluster": settings.on_cluster,
     }
 
@@ -67,6 +71,7 @@ def prepare(out: Path, job: dict, sources: list[Source], settings: Settings) -> 
         raise DataError(f"{out}: cannot write there ({error.strerror}); choose another --out") from error
     if (work / JOB).exists():
         there = json.loads((work / JOB).read_text())
+        job["buckets"] = there.get("buckets")  # whatever suits this device
         if there != job:
             different = [key for key in job if there.get(key) != job[key]]
             raise DataError(

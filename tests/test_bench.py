@@ -120,3 +120,14 @@ def test_peers_train_the_same_model(name):
         assert peer.step(batch).item() == pytest.approx(mine.step(batch).item(), rel=1e-5)
     for ours, part in zip(mine.model.embedding.tables(), theirs, strict=True):
         torch.testing.assert_close(part, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_stages_of_an_encode_and_what_limits_it():
+    from bench.etl_stages import measure, predict
+
+    found = measure(rows=2000, repeat=1)
+    assert all(rate > 0 for rates in found["stages_text_gigabytes_per_second"].values() for rate in rates.values())
+    rates = dict.fromkeys(found["stages_text_gigabytes_per_second"], 4.0)
+    told = predict(rates | {"write buckets": 1.0, "sha256 of records": 3.0})
+    assert told["limited_by"] == {"count": "write buckets", "encode": "sha256 of records"}
+    assert told["passes"] == {"count": 5.0, "encode": 3.0}

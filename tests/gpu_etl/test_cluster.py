@@ -11,7 +11,7 @@ import pytest
 from dask.distributed import LocalCluster
 
 from gpu_etl import cluster as cluster_module
-from gpu_etl import formats, parts, shuffle
+from gpu_etl import cpu, formats, parts
 from gpu_etl.__main__ import main
 from gpu_etl.errors import DataError
 from gpu_etl.pipeline import Settings, encode_days
@@ -48,7 +48,7 @@ def cluster():
 
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch):
-    monkeypatch.setattr(shuffle, "BUCKET_BYTES", 20_000)
+    monkeypatch.setattr(cpu, "BUCKET_BYTES", 20_000)
 
 
 def digests(folder):

@@ -7,7 +7,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from gpu_etl import backend, cpu, journal, shuffle
+from gpu_etl import backend, cpu, journal
 from gpu_etl.__main__ import main
 from gpu_etl.cluster_tasks import count_part
 from gpu_etl.errors import notes
@@ -45,7 +45,7 @@ def device(monkeypatch):
     module.Finisher = Finisher
     module.enter_thread = lambda: entered.add(threading.current_thread())
     monkeypatch.setattr(backend, "device", lambda name: module)
-    monkeypatch.setattr(shuffle, "BUCKET_BYTES", 40_000)
+    monkeypatch.setattr(cpu, "BUCKET_BYTES", 40_000)
     module.called = called
     return module
 
@@ -108,7 +108,7 @@ class SlowCopies(Finisher):
 
 
 def test_memory_that_a_device_still_copies_from_is_not_filled_again(day_files, tmp_path, monkeypatch):
-    monkeypatch.setattr(shuffle, "BUCKET_BYTES", 10_000)
+    monkeypatch.setattr(cpu, "BUCKET_BYTES", 10_000)
     settings = Settings(slab_bytes=20_000)
     expected, _ = encode_days(day_files, tmp_path / "expected", settings)
     monkeypatch.setattr(cpu, "Finisher", SlowCopies)
