@@ -14,6 +14,7 @@ from isal import igzip, isal_zlib
 from gpu_etl import faults
 from gpu_etl.errors import DataError
 from gpu_etl.memory import Pool, Reused
+from gpu_etl.sources import Stamp, check_read, stamp_of
 
 NEWLINE = 10
 TAIL_BYTES = 1 << 16
@@ -75,13 +76,14 @@ class TextSlab:
 @dataclass
 class Source:
     """One day file, or `size` bytes of a plain text one from `begin` on: how many bytes were read, and the CRC-32 of
-    what was read."""
+    what was read. stamp: of the whole file, None where it is not looked at again."""
 
     path: Path
     size: int
     begin: int = 0
     read: int = 0
     crc32: int = 0
+    stamp: Stamp | None = None
 
 
 class ChecksummedFile(io.RawIOBase):
@@ -154,10 +156,10 @@ def open_sources(paths: list[Path]) -> list[Source]:
             raise DataError(f"{path}: expected a day file (text, gzip, zstd or Parquet), found {found}")
         if any(path.samefile(other.path) for other in sources):
             raise DataError(f"{path}: the same day file is named twice")
-        size = path.stat().st_size
-        if size == 0:
+        stamp = stamp_of(path)
+        if stamp.size == 0:
             raise DataError(f"{path}: the file is empty; expected rows of 40 tab-separated fields")
-        sources.append(Source(path, size))
+        sources.append(Source(path, stamp.size, stamp=stamp))
     return sources
 
 
@@ -255,9 +257,10 @@ def read_day(
     pool: gives the memory of text; readers: a device's own ways to read a kind of file (cuda.readers), in place of
     those here.
 
-    Raises DataError where packed data are damaged or end early, and where a Parquet file has not the 40 columns.
+    Raises DataError where packed data are damaged or end early, and where a Parquet file has not the 40 columns;
+    also where the bytes read are not as many as the source has, or the file was written to since.
     """
-    kind = kind_of(source.path)
+    kind, before = kind_of(source.path), source.read
     if kind == "parquet":
         from gpu_etl import parquet  # here, as it needs this module, and text does without pyarrow
 
@@ -266,3 +269,4 @@ def read_day(
         yield from readers[kind](source, day, slab_bytes, skip)
     else:
         yield from _read_text(source, day, slab_bytes, skip, kind, pool or Pool())
+    check_read(source, source.read - before)

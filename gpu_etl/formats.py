@@ -95,17 +95,11 @@ def write_extra_files(form: str, folder: Path, table_sizes: Sequence[int]) -> li
     return list(texts)
 
 
-def rows_written(form: str, folder: Path, split: str, table_sizes: Sequence[int]) -> int:
-    """Whole rows that all files of the split hold; 0 where one is missing."""
-    found = [(Path(folder) / part.path, part.row_bytes) for part in parts(form, split, table_sizes)]
-    return min(path.stat().st_size // row_bytes if path.is_file() else 0 for path, row_bytes in found)
-
-
 class SplitWriter:
     """Appends blocks of records to the files of a split; for use in `with`, or with close().
 
     Every file is cut to exactly `rows_done` rows first, so that a killed run can go on behind the rows it is sure of;
-    0 starts anew. Raises DataError where a file holds fewer rows than that.
+    0 starts anew. Raises WorkDamagedError where a file holds fewer rows than that.
     """
 
     def __init__(self, form: str, folder: Path, split: str, table_sizes: Sequence[int], rows_done: int = 0):
@@ -136,6 +130,10 @@ class SplitWriter:
         """The manifest's entries for the files as they are: path -> bytes and SHA-256."""
         sums = zip(self._parts, self._files, self._digests, strict=True)
         return {part.path: {"bytes": file.tell(), "sha256": digest.hexdigest()} for part, file, digest in sums}
+
+    def digest(self) -> str:
+        """One SHA-256 of what all files hold so far."""
+        return hashlib.sha256(b"".join(digest.digest() for digest in self._digests)).hexdigest()
 
     def close(self) -> None:
         """Bring everything to the disk and close the files."""
