@@ -94,7 +94,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error or type(error).__name__}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; an encode goes on where it was when given the same command again", file=sys.stderr)

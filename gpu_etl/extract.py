@@ -250,12 +250,12 @@ def kind_of(path: Path) -> str:
 
 def read_day(
     source: Source, day: int, slab_bytes: int, skip: int = 0, pool: Pool | None = None,
-    readers: Mapping[str, Callable[..., Iterator[Slab]]] = MappingProxyType({}),
+    readers: Mapping[str, Callable[..., Iterator[Slab]]] = MappingProxyType({}), label_optional: bool = False,
 ) -> Iterator[Slab]:  # fmt: skip
     """Slabs of one day file: text, gzip, zstd or Parquet, told by its first bytes, not its name; from place `skip` on.
 
     pool: gives the memory of text; readers: a device's own ways to read a kind of file (cuda.readers), in place of
-    those here.
+    those here; label_optional: whether Parquet without a column of labels is taken, too.
 
     Raises DataError where packed data are damaged or end early, and where a Parquet file has not the 40 columns;
     also where the bytes read are not as many as the source has, or the file was written to since.
@@ -264,7 +264,8 @@ def read_day(
     if kind == "parquet":
         from gpu_etl import parquet  # here, as it needs this module, and text does without pyarrow
 
-        yield from parquet.read_parquet(source, day, slab_bytes, skip, readers.get(kind, parquet.arrow_slabs))
+        decoded = readers.get(kind, parquet.arrow_slabs)
+        yield from parquet.read_parquet(source, day, slab_bytes, skip, decoded, label_optional)
     elif kind in readers:
         yield from readers[kind](source, day, slab_bytes, skip)
     else:

@@ -197,6 +197,15 @@ def _describe(sources, tallies: list[Tally], ranges, table_sizes, files, setting
     )
 
 
+def _explain(error: OSError, out: Path) -> Exception:
+    """The error with what to do about it. A TimeoutError and errors of the network are OSErrors too."""
+    again = "give the same command again: it goes on where it was"
+    if error.errno is None or isinstance(error, (ConnectionError, TimeoutError)):
+        words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return KeepWorkError(f"{words} (not a fault of the disk); the work in {out} is kept: {again}")
+    return OSError(error.errno, f"{error.strerror or error}; mend that, then {again}", error.filename or str(out))
+
+
 def encode_days(inputs: list[Path], out: Path, settings: Settings) -> tuple[manifest.Manifest, Report]:
     """Encode raw day files into a data set in folder `out`. Returns its manifest and what it cost.
 
@@ -239,8 +248,7 @@ def encode_days(inputs: list[Path], out: Path, settings: Settings) -> tuple[mani
                 out.rmdir()
             raise
         except OSError as error:
-            advice = "mend that, then give the same command again: it goes on where it was"
-            raise OSError(error.errno, f"{error.strerror or error}; {advice}", error.filename or str(out)) from error
+            raise _explain(error, out) from error
         except Exception as error:
             raise backend.explain(error) from error
         finally:

@@ -72,7 +72,8 @@ def side_by_side(sources: list[Iterator], at_once: int, depth: int = 2) -> Itera
 class OneBehind:
     """Runs jobs in a thread, in order, at most one behind its user; for use in `with`, which ends with the last job.
 
-    An error of a job is raised by the next submit(), or at the end.
+    An error of a job is raised by the next submit(), or at the end; there in place of one that ended the `with` before,
+    which it names as its context: what was taken for written is not.
     """
 
     def __init__(self):
@@ -91,9 +92,8 @@ class OneBehind:
     def __enter__(self) -> "OneBehind":
         return self
 
-    def __exit__(self, kind, *_) -> None:
-        try:
-            if kind is None:
-                self._wait()
-        finally:
-            self._pool.shutdown()
+    def __exit__(self, kind, error, _) -> None:
+        self._pool.shutdown()
+        last = self._running.exception() if self._running is not None else None
+        if last is not None and last is not error and (kind is None or issubclass(kind, Exception)):
+            raise last
