@@ -44,17 +44,19 @@ def parse_json(text: str | bytes, where: str, error: type[Exception]) -> Any:
         raise error(f"{where}: damaged, or not JSON: {failed}") from failed
 
 
-def read_json(kind: type[T], text: str | bytes, where: str, error: type[Exception]) -> T:
+def read_json(kind: type[T], text: str | bytes, where: str, error: type[Exception], version: int | None = None) -> T:
     """read() of what a JSON text holds."""
-    return read(kind, parse_json(text, where, error), where, error)
+    return read(kind, parse_json(text, where, error), where, error, version)
 
 
-def read(kind: type[T], values: Any, where: str, error: type[Exception]) -> T:
+def read(kind: type[T], values: Any, where: str, error: type[Exception], version: int | None = None) -> T:
     """`values`, as a JSON or YAML reader gives them, as `kind`: a frozen dataclass, or a type made of some.
 
     Raises `error` with a line for each thing that is wrong: where, which key, what was expected, what came; a misspelt
-    key is answered with the nearest right one.
+    key is answered with the nearest right one. version: what the key of that name must be, before all else.
     """
+    if version is not None and isinstance(values, dict) and values.get("version") != version:
+        raise error(f"{where}: expected version {version}, got {values.get('version')}")
     try:
         return _adapter(kind).validate_json(json.dumps(values))
     except (TypeError, ValueError) as failed:

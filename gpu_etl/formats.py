@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from gpu_etl.errors import DataError
-from gpu_etl.schema import COLUMNS, DENSE, FIRST_DENSE, FIRST_SPARSE, RECORD_DTYPE, SPARSE, split_file
+from gpu_etl.schema import COLUMNS, DENSE, FIRST_DENSE, FIRST_SPARSE, RECORD_DTYPE, SPARSE, SPLITS, split_file
 from gpu_etl.spill import append, open_cut
 
 SPEC_FILE = "feature_spec.yaml"
@@ -85,6 +85,11 @@ def parts(form: str, split: str, table_sizes: Sequence[int]) -> list[Part]:
 def files(form: str, split: str) -> list[str]:
     """Paths of a split's files, relative to the data set's folder."""
     return [part.path for part in parts(form, split, ANY_SIZES)]
+
+
+def expected_files(form: str) -> list[str]:
+    """Paths of all files of a data set in one of FORMS, but for the id maps and the manifest."""
+    return [name for split in SPLITS for name in files(form, split)] + list(FORMS[form].extra_files(ANY_SIZES))
 
 
 def write_extra_files(form: str, folder: Path, table_sizes: Sequence[int]) -> list[str]:

@@ -174,9 +174,10 @@ def _check(schema: pa.Schema, names: list[str], source: Source) -> None:
         if not _fits(field.type, column):
             dense, sparse = "integers, or floats that hold whole numbers", "hex strings or integers"
             wanted = "integers or bools" if column == 0 else dense if column < FIRST_SPARSE else sparse
+            place, told_by = schema.names.index(name) + 1, "place" if in_place else "name"
             raise DataError(
-                f"{source.path}: column {schema.names.index(name) + 1} ({name!r}), which is {COLUMN_NAMES[column]} by its "
-                f"{'place' if in_place else 'name'}: expected {wanted}, got the type {field.type}; check the order or the names of columns, or convert it"
+                f"{source.path}: column {place} ({name!r}), which is {COLUMN_NAMES[column]} by its {told_by}: expected "
+                f"{wanted}, got the type {field.type}; check the order and the names of the columns, or convert it"
             )
 
 

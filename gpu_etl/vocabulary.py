@@ -1,5 +1,7 @@
 """Counts of category values -> ids: merging, thresholds, order, and the hash table that the encode pass reads."""
 
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,14 +97,28 @@ class Vocabulary:
 
     @staticmethod
     def load(folder: Path) -> "Vocabulary":
-        """Read what save wrote. Raises DataError where the file is missing."""
+        """Read what save wrote. Raises DataError where the file is missing or damaged."""
         path = Path(folder) / FILE_NAME
         if not path.is_file():
             raise DataError(f"{path}: no such file; `python -m gpu_etl encode` writes it beside the data set")
-        with np.load(path, allow_pickle=False) as arrays:
-            keys = tuple(arrays[f"C{c + 1}"] for c in range(SPARSE))
-            counts = tuple(arrays[f"C{c + 1}_counts"] for c in range(SPARSE))
-            return Vocabulary(int(arrays["first_id"]), keys, counts)
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                keys = tuple(arrays[f"C{c + 1}"] for c in range(SPARSE))
+                counts = tuple(arrays[f"C{c + 1}_counts"] for c in range(SPARSE))
+                return Vocabulary(int(arrays["first_id"]), keys, counts)
+        except (KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise DataError(f"{path}: not the id maps of a data set, or damaged ({error})") from error
+
+    def check(self, first_id: int, table_sizes: list[int], path: Path) -> None:
+        """Raise DataError where these are not the id maps of tables of such sizes, whose first id is first_id."""
+        if self.first_id != first_id or self.table_sizes != table_sizes:
+            raise DataError(
+                f"{path}: expected ids from {first_id} on for tables of {table_sizes} rows, got ids from "
+                f"{self.first_id} on for {self.table_sizes}; the id maps are another data set's: encode the days again"
+            )
+        for c, keys in enumerate(self.keys):
+            if keys.dtype != np.uint32 or len(np.unique(keys)) != len(keys):
+                raise DataError(f"{path}: C{c + 1}: expected distinct values uint32, got some twice, or {keys.dtype}")
 
 
 @compiled

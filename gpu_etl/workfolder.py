@@ -12,7 +12,7 @@ from gpu_etl.errors import DataError, KeepWorkError, WorkDamagedError
 from gpu_etl.extract import Source
 from gpu_etl.integrity import identity, read_json, write_json
 from gpu_etl.journal import Journal
-from gpu_etl.schema import RECORD_BYTES, SPLITS, Preset
+from gpu_etl.schema import RECORD_BYTES, Preset
 from gpu_etl.settings import Settings, without_bad_rows
 from gpu_etl.shuffle import bucket_count
 from gpu_etl.sources import Recorded, Stamp, check_same, unproven
@@ -26,8 +26,7 @@ _OURS = re.compile(
     r"counts\.npz|merged_\d+_\d+\.npz)(\.\d+)?(\.part(\.npz)?)?"
 )
 _PART = re.compile(r"part_\d+")
-_SPLIT_FILES = {name for form in formats.FORMS for split in SPLITS for name in formats.files(form, split)}
-_SPLIT_FILES.add(formats.SPEC_FILE)
+_SPLIT_FILES = {name for form in formats.FORMS for name in formats.expected_files(form)}
 Result = TypeVar("Result")
 
 
@@ -108,9 +107,7 @@ def prepare(out: Path, job: dict, sources: list[Source], settings: Settings) -> 
 
 def _refuse_foreign(out: Path, settings: Settings) -> None:
     """Raise DataError where a file of the data set would take the place of one that is there."""
-    names = [name for split in SPLITS for name in formats.files(settings.form, split)]
-    names += [vocabulary.FILE_NAME, *formats.FORMS[settings.form].extra_files(formats.ANY_SIZES)]
-    for name in names:
+    for name in [*formats.expected_files(settings.form), vocabulary.FILE_NAME]:
         if (out / name).exists():
             raise DataError(
                 f"{out / name}: there is such a file already, without a {manifest.FILE_NAME} that says where it comes "

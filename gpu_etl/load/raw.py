@@ -14,7 +14,7 @@ from gpu_etl.load.batch import Batch, make_batch
 from gpu_etl.manifest import Manifest
 from gpu_etl.memory import Reused
 from gpu_etl.rows import INT32_MAX
-from gpu_etl.schema import COLUMNS, FIRST_DENSE, FIRST_SPARSE, Preset
+from gpu_etl.schema import COLUMNS, FIRST_DENSE, FIRST_SPARSE
 from gpu_etl.vocabulary import Vocabulary
 
 SLAB_BYTES = 4 << 20
@@ -30,7 +30,7 @@ class RawDay:
 
     def __init__(self, folder: Path, path: Path):
         (self._source,) = open_sources([path])
-        self._preset = Preset(**Manifest.read(folder).settings["preset"])
+        self._preset = Manifest.read(folder).preset()
         self._lookup = Vocabulary.load(folder).lookup()
         self.labelled = self._has_labels()
 
