@@ -10,7 +10,7 @@ import numpy as np
 from gpu_etl import rows
 from gpu_etl.errors import DataError
 from gpu_etl.jit import compiled
-from gpu_etl.schema import SPARSE, Preset
+from gpu_etl.schema import FIRST_SPARSE, SPARSE, Preset
 
 FILE_NAME = "vocabulary.npz"
 
@@ -87,6 +87,11 @@ class Vocabulary:
             _find(lookup.table, lookup.base[c], lookup.mask[c], column, found[-1][1:])
         return tuple(found)
 
+    def popular(self) -> np.ndarray:
+        """The id seen most often in each column, int64 [26]; the lowest of several, and 0 where a column has none."""
+        most = [int(np.argmax(counts)) if len(counts) else -self.first_id for counts in self.counts]
+        return np.array(most) + self.first_id
+
     def save(self, folder: Path) -> None:
         """Write the id maps as FILE_NAME, arrays C1..C26 (keys in id order) and C1_counts..C26_counts."""
         arrays = {"first_id": np.array(self.first_id)}
@@ -135,6 +140,25 @@ def _find(table, base, mask, keys, ids):
         payload = rows.entry_payload(table[rows.find_slot(table, base, mask, np.int64(keys[i]))])
         if payload:
             ids[i] = payload - 1
+
+
+@compiled
+def _mark_unseen(values, missing, table, base, mask, missing_is_zero, index_range, unseen):
+    for row in range(len(values)):
+        for c in range(SPARSE):
+            if rows.is_missing(missing[row], FIRST_SPARSE + c) and not missing_is_zero:
+                continue
+            key = rows.category_key(np.int64(values[row, FIRST_SPARSE + c]), index_range)
+            unseen[row, c] = rows.entry_payload(table[np.uint64(rows.find_slot(table, base[c], mask[c], key))]) == 0
+
+
+def mark_unseen(values: np.ndarray, missing: np.ndarray, lookup: Lookup, preset: Preset) -> np.ndarray:
+    """Which category values (uint32 [n, 40], missing uint64 [n]) have no id, bool [n, 26]: never seen, or too rare."""
+    unseen = np.zeros((len(values), SPARSE), np.bool_)
+    _mark_unseen(
+        values, missing, lookup.table, lookup.base, lookup.mask, preset.missing_is_zero, preset.max_index_range, unseen
+    )
+    return unseen
 
 
 def build(counts: Counts, preset: Preset) -> tuple[Vocabulary, tuple[np.ndarray, ...]]:
