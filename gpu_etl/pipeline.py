@@ -20,7 +20,7 @@ from gpu_etl.publish import publish, stamps
 from gpu_etl.schema import FIRST_DENSE
 from gpu_etl.settings import Settings
 from gpu_etl.shuffle import Buckets
-from gpu_etl.sources import check_unchanged
+from gpu_etl.sources import Stamp, check_unchanged
 from gpu_etl.tally import Tally
 from gpu_etl.workfolder import JOB, JOURNAL, WORK, describe_job, finished, prepare, remove, until_sound
 
@@ -100,8 +100,9 @@ def _buckets(settings: Settings, job: dict, counting: CountPass, journal: Journa
 def _encode(
     kernels: ModuleType, counting: CountPass, buckets: Buckets, ranges: dict[str, tuple[int, int]],
     table_sizes: list[int], settings: Settings, journal: Journal, work: Path,
-) -> None:  # fmt: skip
-    """The encode pass, split by split; training rows come from the buckets, if rows are shuffled.
+) -> dict[str, Stamp]:  # fmt: skip
+    """The encode pass, split by split; training rows come from the buckets, if rows are shuffled. Returns the stamps of
+    the files that it wrote.
 
     Raises WorkDamagedError where the rows that went into the splits are not those that were counted.
     """
@@ -114,12 +115,14 @@ def _encode(
     encoding = EncodePass(
         kernels, counting.spill, buckets, day_rows, shifts, ids, table_sizes, settings.form, journal, work
     )
-    finished = {event["name"] for event in journal.all("split")}
+    finished, written = {event["name"] for event in journal.all("split")}, {}
     for split, (begin, end) in ranges.items():
         if split not in finished:
             encoding.run(split, begin, end, settings.shuffle and split == "train")
+            written |= stamps(work, journal.all("split")[-1]["files"])
     encoded = integrity.add(*({event["name"]: event["sum"] for event in journal.all("split")}.values()))
     integrity.expect(encoded, integrity.add(*counting.sums), work, "the coded rows of all splits")
+    return written
 
 
 def _run_on_cluster(
@@ -137,7 +140,7 @@ def _run_on_cluster(
         with report.stage("encode"):
             files = cluster.encode(ranges)
         result = _describe(sources, tallies, ranges, table_sizes, files, settings)
-        _publish(work, out, sources, result, list(files))  # before the cluster ends, which may take long, or fail
+        _publish(work, out, sources, result, stamps(work, files))  # before the cluster's end, which may fail
     return result
 
 
@@ -155,17 +158,16 @@ def _run(
     buckets = _buckets(settings, job, counting, journal, work)
     table_sizes = _count(kernels, counting, buckets, settings, journal, work, report)
     ranges = _ranges(counting.tallies, settings)
-    written: list[str] = []
+    written = {}
     if not journal.all("files"):
-        before = {name for event in journal.all("split") for name in event["files"]}
         with report.stage("encode"):
-            _encode(kernels, counting, buckets, ranges, table_sizes, settings, journal, work)
+            written = _encode(kernels, counting, buckets, ranges, table_sizes, settings, journal, work)
         names = vocabulary.FILE_NAME, *formats.write_extra_files(settings.form, work, table_sizes)
         files = {name: entry for event in journal.all("split") for name, entry in event["files"].items()}
         (counted,) = journal.all("counted")
         integrity.check_file(work / vocabulary.FILE_NAME, counted["files"][vocabulary.FILE_NAME])
         files |= {name: manifest.describe_file(work / name) for name in names}
-        written = [name for name in files if name not in before]
+        written |= stamps(work, names)
         journal.record(files=files)
     report.device_bytes = kernels.peak_device_bytes()
     (files,) = journal.all("files")
@@ -174,11 +176,13 @@ def _run(
     return result
 
 
-def _publish(work: Path, out: Path, sources: list[Source], result: manifest.Manifest, written: list[str]) -> None:
-    """The final names, if the day files are still what they were. written: files that this process has described."""
+def _publish(
+    work: Path, out: Path, sources: list[Source], result: manifest.Manifest, written: dict[str, Stamp]
+) -> None:
+    """The final names, if the day files are still what they were. written: see publish()."""
     for source in sources:
         check_unchanged(source, KeepWorkError)
-    publish(work, out, result, stamps(work, written))
+    publish(work, out, result, written)
 
 
 def _describe(sources, tallies: list[Tally], ranges, table_sizes, files, settings: Settings) -> manifest.Manifest:

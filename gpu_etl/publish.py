@@ -1,6 +1,7 @@
 """The end of an encode: what was written is looked at once more, brought to the disk, and gets its final names."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from gpu_etl.errors import KeepWorkError, WorkDamagedError
@@ -9,7 +10,7 @@ from gpu_etl.manifest import FILE_NAME, Manifest, describe_file
 from gpu_etl.sources import Stamp, stamp_of
 
 
-def stamps(work: Path, names: list[str]) -> dict[str, Stamp]:
+def stamps(work: Path, names: Iterable[str]) -> dict[str, Stamp]:
     """Stamps of files that this process has just written and described, for publish()."""
     return {name: stamp_of(work / name) for name in names}
 
