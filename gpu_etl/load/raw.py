@@ -1,6 +1,7 @@
 """Batches straight from a raw day, by the id maps of a data set: for scoring rows that were not encoded."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ class RawDay:
         self.labelled = self._has_labels()
 
     def _slabs(self) -> Iterator[Slab]:
-        return read_day(self._source, 0, SLAB_BYTES, label_optional=True)
+        return read_day(replace(self._source), 0, SLAB_BYTES, label_optional=True)  # a new one counts from 0
 
     def _has_labels(self) -> bool:
         slab = next(iter(self._slabs()))
