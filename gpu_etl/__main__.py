@@ -16,7 +16,7 @@ import sys
 import time
 
 from gpu_etl import flags
-from gpu_etl.errors import DataError
+from gpu_etl.errors import DataError, notes
 
 
 def encode(args: argparse.Namespace) -> dict:
@@ -93,14 +93,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         result = COMMANDS[args.command](args)
     except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", *notes(error), sep="\n", file=sys.stderr)
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error or type(error).__name__}", file=sys.stderr)
+        words = f"error: {where}{error.strerror or error or type(error).__name__}"
+        print(words, *notes(error), sep="\n", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; an encode goes on where it was when given the same command again", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        words = "interrupted; an encode goes on where it was when given the same command again"
+        print(words, *notes(stop), sep="\n", file=sys.stderr)
         return 130
     print(json.dumps({"command": args.command, **result}))
     return 0

@@ -3,8 +3,10 @@
 import os
 import sys
 import threading
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
-from functools import lru_cache
+from functools import lru_cache, wraps
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,29 @@ def load_counts(path: Path) -> Counts:
         ))  # fmt: skip
 
 
+def _kernels(device: str):
+    """The slab functions, ready for this thread: a worker runs each task in any of its threads."""
+    kernels = backend.device(device)
+    kernels.enter_thread()
+    return kernels
+
+
+def _one_at_a_time(task: Callable) -> Callable:
+    """Tasks of a worker's threads share what the functions of a GPU work in: the next one begins when one has ended."""
+
+    @wraps(task)
+    def run(*arguments):
+        settings = next(argument for argument in arguments if isinstance(argument, Settings))
+        with _device_lock if settings.device == "cuda" else nullcontext():
+            return task(*arguments)
+
+    return run
+
+
+_device_lock = threading.Lock()
+
+
+@_one_at_a_time
 def count_part(days: list[Source], part: Part, settings: Settings, work: Path, buckets: int) -> Counted:
     """Task: the count pass over one part, in its folder; anew, which is said, where an earlier run of it left damaged
     work there."""
@@ -79,7 +104,7 @@ def count_part(days: list[Source], part: Part, settings: Settings, work: Path, b
 def _count(
     sources: list[Source], part: Part, settings: Settings, journal: Journal, folder: Path, buckets: int
 ) -> Counted:
-    kernels = backend.device(settings.device)
+    kernels = _kernels(settings.device)
     threads = kernels.set_threads(settings.threads)
     kernels.set_memory_limit(settings.memory_limit)
     counting = CountPass(
@@ -110,15 +135,16 @@ def number_part(folder: Path, preset: Preset, work: Path) -> None:
 
 
 @lru_cache(maxsize=64)
-def _finisher(folder: Path, device: str, _stamp: int):
+def _finisher(folder: Path, device: str, shift: int, _stamp: int):
     with np.load(folder / IDS) as arrays:
-        return backend.device(device).Finisher(tuple(arrays.values()))
+        return _kernels(device).Finisher(tuple(arrays.values()), np.array([shift]))
 
 
 def _finish(folder: Path, coded: np.ndarray, shift: int, device: str, records: np.ndarray) -> None:
     """Write the records of coded rows of one part, in their order."""
-    finisher = _finisher(folder, device, (folder / IDS).stat().st_mtime_ns)
-    finisher.take(coded, np.full(len(coded), shift))
+    _kernels(device)
+    finisher = _finisher(folder, device, shift, (folder / IDS).stat().st_mtime_ns)
+    finisher.take(coded, 0)
     finisher.finish(0, len(coded), records)()
 
 
@@ -133,6 +159,7 @@ class _Memory(threading.local):
 _memory = _Memory()
 
 
+@_one_at_a_time
 def encode_bucket(
     split: str, row: int, rows: int, bucket: int, buckets: int, parts: list[tuple[Path, int]], table_sizes: list[int],
     settings: Settings, work: Path,
@@ -156,6 +183,7 @@ def encode_bucket(
     return found
 
 
+@_one_at_a_time
 def encode_rows(
     split: str, row: int, begin: int, end: int, part: Part, shift: int, table_sizes: list[int], settings: Settings,
     work: Path,

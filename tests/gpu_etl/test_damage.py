@@ -14,7 +14,6 @@ from gpu_etl.errors import DataError, WorkDamagedError
 from gpu_etl.journal import Journal
 from gpu_etl.memory import Reused
 from gpu_etl.pipeline import encode_days
-from gpu_etl.prefetch import OneBehind
 from tests.gpu_etl import damage
 from tests.gpu_etl.test_resume import BUCKET, SETTINGS, STEP, digests, killed_run
 
@@ -166,19 +165,6 @@ def test_a_journal_that_a_full_disk_takes_in_parts(tmp_path, monkeypatch):
     journal = Journal(tmp_path / "journal")
     assert journal.all("slab") == [{"day": 0}, {"day": 1}]
     journal.close()
-
-
-def test_the_error_of_the_last_background_write_is_raised():
-    def full():
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="No space left") as raised, OneBehind() as writing:
-        writing.submit(full)
-        raise DataError("a bad row behind it")
-    assert isinstance(raised.value.__context__, DataError)
-    with pytest.raises(KeyboardInterrupt), OneBehind() as writing:
-        writing.submit(full)
-        raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("name", [TRAIN, "vocabulary.npz", "terabyte_processed_val.bin"])

@@ -139,7 +139,7 @@ def test_killed_twice(day_files, tmp_path, small_steps):
 
 
 def test_a_resumed_run_does_not_parse_again_what_was_parsed(day_files, tmp_path, monkeypatch):
-    assert killed_run(40, "", tmp_path, day_files) is None
+    assert killed_run(44, "", tmp_path, day_files) is None
     done = [json.loads(line) for line in (tmp_path / ".work" / "journal.jsonl").read_text().splitlines()]
     rows = sum(event["slab"]["read"] for event in done if "slab" in event)
     assert rows > 500

@@ -4,8 +4,10 @@ import os
 import shutil
 
 import pytest
+import zstandard
+from isal import igzip
 
-from gpu_etl import cpu, encoding, extract, pipeline, shuffle
+from gpu_etl import cpu, encoding, extract, pipeline, shuffle, sources, text
 from gpu_etl.errors import DataError
 from gpu_etl.pipeline import Settings, encode_days
 from tests import reference
@@ -29,13 +31,13 @@ def small_steps(monkeypatch):
 
 def flip_labels(path):
     """Other bytes, as many."""
-    text = path.read_bytes().split(b"\n")
-    path.write_bytes(b"\n".join([bytes([line[0] ^ 1]) + line[1:] if line else line for line in text]))
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join([bytes([line[0] ^ 1]) + line[1:] if line else line for line in lines]))
 
 
 def cut_at_a_row_end(path):
-    text = path.read_bytes()
-    os.truncate(path, text.index(b"\n", len(text) // 3) + 1)
+    found = path.read_bytes()
+    os.truncate(path, found.index(b"\n", len(found) // 3) + 1)
 
 
 def grow(path):
@@ -50,7 +52,7 @@ def rewrite(path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (cut_at_a_row_end, r"day_2: expected 59,446 bytes as when this run began, read \d\d,\d\d\d: the file was cut"),
+        (cut_at_a_row_end, r"day_2: expected 59446 bytes, as when it was opened, found an end behind \d+: it"),
         (grow, r"day_2: the day file was written to since this run began \(59,446 bytes, \d\d,\d\d\d now\)"),
         (flip_labels, r"day_2: the day file was written to since this run began \(same size\)"),
         (os.unlink, r"No such file or directory; mend that, then .*day_2"),
@@ -73,17 +75,16 @@ def test_a_day_that_changes_while_others_are_read(days, tmp_path, monkeypatch, c
 
 def test_a_day_that_is_cut_while_it_is_read(days, tmp_path, monkeypatch):
     days[1].write_bytes(days[1].read_bytes() * 40)  # more than one buffer of the reader
-    real, calls = extract.ChecksummedFile.readinto, []
+    real, calls = text._PlainText._read, []
 
-    def readinto(self, buffer):
-        calls.append(self._source.path)
-        if calls.count(days[1]) == 2:
-            text = days[1].read_bytes()
-            os.truncate(days[1], text.index(b"\n", 2 << 20) + 1)
-        return real(self, buffer)
+    def read(self, buffer, begin):
+        if begin > 1 << 20 and not calls:
+            calls.append(begin)
+            os.truncate(days[1], days[1].read_bytes().index(b"\n", 2 << 20) + 1)
+        return real(self, buffer, begin)
 
-    monkeypatch.setattr(extract.ChecksummedFile, "readinto", readinto)
-    with pytest.raises(DataError, match=r"day_1: expected 2,835,560 bytes as when this run began, read 2,097,"):
+    monkeypatch.setattr(text._PlainText, "_read", read)
+    with pytest.raises(DataError, match=r"day_1: expected 2835560 bytes, as when it was opened, found an end behind 2"):
         encode_days(days, tmp_path / "set", ONE_READER)
     assert not (tmp_path / "set").exists()
 
@@ -125,7 +126,8 @@ def test_a_day_that_changes_between_kill_and_restart(days, tmp_path, small_steps
 
 def test_copies_of_the_days_elsewhere_are_the_days(days, tmp_path, small_steps, capsys):
     out, copies = tmp_path / "set", tmp_path / "copies"
-    assert killed_run(45, "", out, days) is None
+    writes = killed_run(0, "", tmp_path / "whole", days)
+    assert killed_run(writes - 12, "", out, days) is None
     copies.mkdir()
     moved = [shutil.copy(path, copies) for path in days]
     _, report = encode_days(moved, out, SETTINGS)
@@ -151,14 +153,28 @@ def test_finished_already_is_told_by_the_bytes(days, tmp_path, capsys):
     assert digests(out) == before
 
 
-@pytest.mark.parametrize("change", [os.unlink, cut_at_a_row_end])
+@pytest.mark.parametrize("change", [os.unlink, lambda path: os.truncate(path, 160)])
 def test_a_data_set_that_lacks_a_file_is_not_finished(days, tmp_path, change):
     encode_days(days, tmp_path / "set", SETTINGS)
-    change(tmp_path / "set" / "vocabulary.npz") if change is os.unlink else os.truncate(
-        tmp_path / "set" / "terabyte_processed_val.bin", 160
-    )
+    change(tmp_path / "set" / "terabyte_processed_val.bin")
     with pytest.raises(DataError, match=r"expected \d+ bytes by the manifest, found .*; the data set is damaged"):
         encode_days(days, tmp_path / "set", SETTINGS)
+
+
+@pytest.mark.parametrize("packed", [igzip.compress, zstandard.compress])
+def test_a_packed_day_is_read_to_its_end(days, tmp_path, packed):
+    """What was read of a file is held against its size, whatever unpacks it."""
+    path = tmp_path / "packed"
+    path.write_bytes(packed(days[0].read_bytes()))
+    (source,) = extract.open_sources([path])
+    assert sum(1 for _ in extract.read_day(source, 0, 20_000)) > 1
+    source.read = 0
+    source.size += 1
+    with pytest.raises(DataError, match=r"packed: expected [\d,]+ bytes as when this run began, read [\d,]+: the"):
+        list(extract.read_day(source, 0, 20_000))
+    with pytest.raises(DataError, match=r"packed: .*is gone since this run began"):
+        path.unlink()
+        sources.check_unchanged(source)
 
 
 def test_a_fault_that_is_none_of_the_disk_is_not_called_one(days, tmp_path, monkeypatch):
