@@ -276,9 +276,9 @@ def predict(session: Session) -> dict:
         data = open_dataset(source, "auto")
         check_data(args, data, session.trainer.model.config)
         loader = CpuLoader(data.splits["test"], args.test_batch_size, session.device)
-        batches, labelled = loader.batches(), True
+        batches, labelled, day = loader.batches(), True, None
     else:
-        day = RawDay(args.dataset, source)
+        day = RawDay(args.dataset, source, args.unseen)
         batches, labelled = day.batches(session.device), day.labelled
     kept = []
     with ScoreWriter(args.output, labelled) as writer:
@@ -287,6 +287,9 @@ def predict(session: Session) -> dict:
             kept.append((found, labels))
     found, labels = (torch.cat(column) for column in zip(*kept, strict=True))
     metrics = asdict(measure(torch.logit(found.double()), labels)) if labelled else {}
+    if day:
+        say(day.unseen_words())
+        metrics["unseen"] = day.unseen_report()
     return {"output": str(args.output), "rows": len(found), **metrics}
 
 

@@ -23,12 +23,14 @@ def encode(args: argparse.Namespace) -> dict:
     """Run the encode command; returns its results."""
     # Threads that wait for the next parallel loop would otherwise spin on the cores where files are read and written.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from gpu_etl.inputs import expand
+    from gpu_etl.inputs import expand, list_days
     from gpu_etl.pipeline import encode_days
     from gpu_etl.report import summary
 
     start = time.perf_counter()
-    made, report = encode_days(expand(args.inputs), args.out, flags.settings(args))
+    days = expand(args.inputs)
+    print(list_days(days), file=sys.stderr)
+    made, report = encode_days(days, args.out, flags.settings(args))
     seconds = time.perf_counter() - start
     print(summary(made, report), file=sys.stderr)
     read = sum(source["rows"] for source in made.sources)
@@ -94,7 +96,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", *notes(error), sep="\n", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: {error.filename or ''}: {error.strerror or error}", *notes(error), sep="\n", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        words = f"error: {where}{error.strerror or error or type(error).__name__}"
+        print(words, *notes(error), sep="\n", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         words = "interrupted; an encode goes on where it was when given the same command again"

@@ -17,10 +17,9 @@ import numpy as np
 from dask.distributed import Client, LocalCluster, as_completed
 from tqdm import tqdm
 
-from gpu_etl import formats, manifest, parts, shared_files, vocabulary
+from gpu_etl import formats, integrity, manifest, parts, shared_files, vocabulary
 from gpu_etl.cluster_tasks import (
     COUNTS,
-    Days,
     count_part,
     encode_bucket,
     encode_rows,
@@ -45,7 +44,7 @@ class Cluster:
     """Runs the tasks; for use in `with`. buckets: of the shuffle. Raises DataError where no scheduler answers."""
 
     def __init__(self, sources: list[Source], settings: Settings, work: Path, buckets: int):
-        self._sources = [Source(source.path.resolve(), source.size) for source in sources]
+        self._sources = [replace(source, path=source.path.resolve()) for source in sources]
         if settings.workers and not settings.threads:
             settings = replace(settings, threads=max(1, (os.cpu_count() or 1) // settings.workers))
         self._settings, self._work, self._buckets = settings, work.resolve(), buckets
@@ -60,9 +59,11 @@ class Cluster:
         return self
 
     def __exit__(self, *_) -> None:
-        self._client.close()
-        if self._local is not None:
-            self._local.close()
+        for ending in filter(None, (self._client, self._local)):
+            try:
+                ending.close()
+            except (OSError, RuntimeError) as error:  # a TimeoutError is an OSError; what was asked for is done
+                print(f"Dask did not end in order ({type(error).__name__}: {error})", file=sys.stderr)
 
     def _run(self, name: str, calls: list[Call], done: Callable[[int], None] = lambda place: None) -> list:
         """Results of calls of tasks, in order; done(place) is told of each. The first error ends it all."""
@@ -98,15 +99,15 @@ class Cluster:
     def count(self) -> list[Tally]:
         """The count pass; returns a tally a day."""
         self._parts = parts.load(self._work) or self._cut()
-        days: Days = [(source.path, source.size) for source in self._sources]
         common = self._settings, self._work, self._buckets
-        found = self._run("count", [(count_part, (days, part, *common)) for part in self._parts])
-        self._tallies, self._bucket_rows = [tally for tally, _ in found], [rows for _, rows in found]
+        found = self._run("count", [(count_part, (self._sources, part, *common)) for part in self._parts])
+        self._tallies, self._bucket_rows = [tally for tally, _, _ in found], [rows for _, rows, _ in found]
+        self._rows_sum = integrity.add(*(rows_sum for _, _, rows_sum in found))
         limit = self._settings.max_bad_rows
         bad = sum(tally.bad_rows() for tally in self._tallies)
         if bad > limit:
             raise BadRowError(f"{bad} bad rows in all days, more than --max-bad-rows {limit}")
-        self._days = parts.by_day(self._parts, self._tallies, len(days))
+        self._days = parts.by_day(self._parts, self._tallies, len(self._sources))
         return self._days
 
     def number(self) -> tuple[list[int], list[int]]:
@@ -126,7 +127,10 @@ class Cluster:
         return words.table_sizes, [len(column.keys) for column in counts.columns]
 
     def encode(self, ranges: dict[str, tuple[int, int]]) -> dict[str, dict]:
-        """The encode pass; returns the manifest's entries of the files."""
+        """The encode pass; returns the manifest's entries of the files.
+
+        Raises WorkDamagedError where the rows that went into the splits are not those that were counted.
+        """
         form, work, sizes = self._settings.form, self._work, self._table_sizes
         self._shifts = day_shifts([tally.smallest for tally in self._days], self._settings.preset).tolist()
         calls = {split: list(self._calls(split, *ranges[split])) for split in ranges}
@@ -137,7 +141,8 @@ class Cluster:
                 sums[split] = opened.enter_context(shared_files.Sums(form, work, split, sizes))
             with OneBehind() as summing:
                 front = _Front(calls, lambda split, row: summing.submit(sums[split].take, row))
-                self._run("encode", [call for some in calls.values() for call, _ in some], front.done)
+                found = self._run("encode", [call for some in calls.values() for call, _ in some], front.done)
+                integrity.expect(integrity.add(*found), self._rows_sum, work, "the coded rows of all splits")
             files = {name: entry for split in ranges for name, entry in sums[split].described().items()}
         names = vocabulary.FILE_NAME, *formats.write_extra_files(form, work, sizes)
         return files | {name: manifest.describe_file(work / name) for name in names}

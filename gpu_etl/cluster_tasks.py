@@ -1,9 +1,11 @@
 """What the workers of a cluster do: count a part, merge counts, give ids, and write ranges of the final files."""
 
 import os
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict, replace
 from functools import lru_cache, wraps
 from pathlib import Path
 
@@ -11,19 +13,24 @@ import numpy as np
 
 from gpu_etl import backend, shared_files, vocabulary
 from gpu_etl.counting import CountPass
+from gpu_etl.errors import WorkDamagedError
 from gpu_etl.extract import Source
+from gpu_etl.integrity import add, check_file, identity, numbered_sum, rows_sum
 from gpu_etl.journal import Journal
+from gpu_etl.manifest import describe_file
 from gpu_etl.memory import Reused
 from gpu_etl.parts import Part
 from gpu_etl.schema import COLUMNS, RECORD_DTYPE, SPARSE, Preset
-from gpu_etl.settings import Settings
+from gpu_etl.settings import Settings, without_bad_rows
 from gpu_etl.shuffle import Buckets, keys_of
-from gpu_etl.spill import Spill, words_of
+from gpu_etl.spill import Spill, first_number, words_of
 from gpu_etl.tally import Tally
 from gpu_etl.vocabulary import ColumnCounts, Counts
+from gpu_etl.workfolder import JOURNAL, clear
 
 COUNTS, IDS = "counts.npz", "ids.npz"
-Days = list[tuple[Path, int]]
+Counted = tuple[Tally, list[int], int]
+"""Of a part: its tally, how many rows each bucket got, the sum of its coded rows' digests."""
 
 
 def save_counts(path: Path, counts: Counts) -> None:
@@ -67,32 +74,53 @@ _device_lock = threading.Lock()
 
 
 @_one_at_a_time
-def count_part(days: Days, part: Part, settings: Settings, work: Path, buckets: int) -> tuple[Tally, list[int]]:
-    """Task: the count pass over one part, in its folder. Returns its tally, and how many rows each bucket got.
-
-    days: path and size of every day.
-    """
+def count_part(days: list[Source], part: Part, settings: Settings, work: Path, buckets: int) -> Counted:
+    """Task: the count pass over one part, in its folder; anew, which is said, where an earlier run of it left damaged
+    work there."""
     folder = part.folder(work)
     folder.mkdir(exist_ok=True)
+    sources = [replace(source, read=0, crc32=0) for source in days]
+    sources[part.day] = replace(sources[part.day], size=part.end - part.begin, begin=part.begin)
+    this = identity([asdict(part), buckets, without_bad_rows(settings.shaping()), days[part.day].stamp])
+    journal = Journal(folder / JOURNAL)
+    try:
+        if journal.events and journal.events[0].get("part") != this:
+            print(f"{folder}: the work of another run; this part begins anew", file=sys.stderr)
+            clear(folder, journal)
+        if not journal.events:
+            clear(folder, journal)
+            journal.record(part=this)
+        try:
+            return _count(sources, part, settings, journal, folder, buckets)
+        except WorkDamagedError as error:
+            print(f"{error}; this part begins anew", file=sys.stderr)
+        clear(folder, journal)
+        journal.record(part=this)
+        return _count([replace(s, read=0, crc32=0) for s in sources], part, settings, journal, folder, buckets)
+    finally:
+        journal.close()
+
+
+def _count(
+    sources: list[Source], part: Part, settings: Settings, journal: Journal, folder: Path, buckets: int
+) -> Counted:
     kernels = _kernels(settings.device)
     threads = kernels.set_threads(settings.threads)
     kernels.set_memory_limit(settings.memory_limit)
-    sources = [Source(path, size) for path, size in days]
-    sources[part.day] = Source(sources[part.day].path, part.end - part.begin, part.begin)
-    journal = Journal(folder / "journal.jsonl")
-    try:
-        counting = CountPass(
-            kernels, sources, settings.preset, settings.seed, journal, folder, threads, settings.bad_rows,
-            settings.max_bad_rows, settings.to_buckets(len(days)), part.day, part.first_row,
-        )  # fmt: skip
-        store = Buckets(folder, buckets, settings.seed, counting.kept_in_buckets, part.first_row)
-        if not journal.all("counted"):
-            save_counts(folder / COUNTS, counting.run(settings.slab_bytes or kernels.SLAB_BYTES, store))
-            journal.record(counted=True)
-        store.close()
-        return counting.tallies[part.day], store.rows()
-    finally:
-        journal.close()
+    counting = CountPass(
+        kernels, sources, settings.preset, settings.seed, journal, folder, threads, settings.bad_rows,
+        settings.max_bad_rows, settings.to_buckets(len(sources)), part.day, part.first_row,
+    )  # fmt: skip
+    store = Buckets(folder, buckets, settings.seed, counting.kept_in_buckets, part.first_row)
+    if not journal.all("counted"):
+        save_counts(folder / COUNTS, counting.run(settings.slab_bytes or kernels.SLAB_BYTES, store))
+        journal.record(counted=describe_file(folder / COUNTS))
+    else:
+        check_file(folder / COUNTS, journal.all("counted")[0])
+        for _ in counting.stored(store):  # it raises where they are others than were counted
+            pass
+    store.close()
+    return counting.tallies[part.day], store.rows(), add(*counting.sums)
 
 
 def merge_counts(a: Path, b: Path, out: Path) -> Path:
@@ -135,34 +163,39 @@ _memory = _Memory()
 def encode_bucket(
     split: str, row: int, rows: int, bucket: int, buckets: int, parts: list[tuple[Path, int]], table_sizes: list[int],
     settings: Settings, work: Path,
-) -> None:  # fmt: skip
+) -> int:  # fmt: skip
     """Task: shuffle one bucket, of so many rows of all training days, and write it into the split from row `row` on.
+    Returns the sum of the coded rows' digests.
 
     parts: folder of every part that trains, and what is added to its integers.
     """
     numbers, records = np.empty(rows, np.int64), _memory.finished.empty((rows, COLUMNS), RECORD_DTYPE)
-    begin = 0
+    begin = found = 0
     for folder, shift in parts:
         numbered = Buckets(folder, buckets, settings.seed, None).read(bucket, _memory.read)
-        end = begin + len(numbered)
+        end, found = begin + len(numbered), add(found, numbered_sum(numbered))
         numbers[begin:end] = numbered["row"]
         _finish(folder, words_of(numbered), shift, settings.device, records[begin:end])
         begin = end
     in_order = _memory.sorted.empty(records.shape, RECORD_DTYPE)
     np.take(records, np.argsort(keys_of(settings.seed, numbers)), 0, in_order, "clip")  # "raise" would buffer
     shared_files.write_at(settings.form, work, split, table_sizes, row, in_order)
+    return found
 
 
 @_one_at_a_time
 def encode_rows(
     split: str, row: int, begin: int, end: int, part: Part, shift: int, table_sizes: list[int], settings: Settings,
     work: Path,
-) -> None:  # fmt: skip
-    """Task: write rows begin to end of a part into a split from row `row` on, in their order."""
-    folder = part.folder(work)
+) -> int:  # fmt: skip
+    """Task: write rows begin to end of a part into a split from row `row` on, in their order. Returns the sum of the
+    coded rows' digests."""
+    folder, found = part.folder(work), 0
     step = backend.device(settings.device).ENCODE_ROWS
     for start in range(begin, end, step):
         coded = Spill.rows_in(folder, part.day, start, min(start + step, end))
+        found = add(found, rows_sum(coded, first_number(part.day) + part.first_row + start))
         records = _memory.finished.empty(coded.shape, RECORD_DTYPE)
         _finish(folder, coded, shift, settings.device, records)
         shared_files.write_at(settings.form, work, split, table_sizes, row + start - begin, records)
+    return found

@@ -10,7 +10,7 @@ from types import ModuleType
 import numpy as np
 from tqdm import tqdm
 
-from gpu_etl import faults, vocabulary
+from gpu_etl import faults, integrity, vocabulary
 from gpu_etl.errors import BadRowError
 from gpu_etl.extract import Slab, Source, kind_of, read_day
 from gpu_etl.journal import Journal
@@ -20,11 +20,12 @@ from gpu_etl.rows import FAULT_STRIDE
 from gpu_etl.sampling import dropped_rows
 from gpu_etl.schema import Preset
 from gpu_etl.shuffle import Buckets
-from gpu_etl.spill import Spill, first_number
+from gpu_etl.spill import KEYS, Spill, first_number
 from gpu_etl.tally import Tally
 
 SHOWN_BAD_ROWS = 5
 RECOUNT_ROWS = 1 << 15
+OF_STORE = ("day", "keys", "keys_crc", "sum")  # of a slab's event: not for its day's tally
 CODING = {"clamp": (0, 0), "plus2": (2, 0)}  # preset.dense -> shift, empty_value; "min" waits for the day's smallest
 
 
@@ -60,7 +61,8 @@ class CountPass:
 
     to_buckets: of each day, whether its rows go into the shuffle's buckets, rather than into a file of its own. only:
     the one day to read, None for all; first_row: the number that its first row has in its day, where its source is a
-    part of one. What an earlier run has done is read from the journal.
+    part of one. What an earlier run has done is read from the journal. sums: of each day, that of its coded rows'
+    digests (see integrity.py). Raises WorkDamagedError where what is stored is not what the journal says.
     """
 
     def __init__(
@@ -73,16 +75,19 @@ class CountPass:
         self._workers, self.to_buckets, self._only, self._first_row = workers, to_buckets, only, first_row
         self.tallies = [Tally() for _ in sources]
         self.dictionary_bytes = 0
-        self._keys = 0
+        self._keys = keys_crc = 0
+        self.sums = [0] * len(sources)
         for event in journal.all("slab"):
-            self._keys += event["keys"]
-            self.tallies[event["day"]].add(**{key: value for key, value in event.items() if key not in ("day", "keys")})
+            self._keys, keys_crc = self._keys + event["keys"], event["keys_crc"]
+            self.sums[event["day"]] = integrity.add(self.sums[event["day"]], event["sum"])
+            self.tallies[event["day"]].add(**{key: value for key, value in event.items() if key not in OF_STORE})
         for event in journal.all("day"):
             self.tallies[event["day"]].crc32 = event["crc32"]
         kept = [tally.kept for tally in self.tallies]
         self.kept_in_buckets = [rows * inside for rows, inside in zip(kept, to_buckets, strict=True)]
         self.store = None  # of kept.py, where rows stay on the device
         self.spill = Spill(work, [a - b for a, b in zip(kept, self.kept_in_buckets, strict=True)], self._keys)
+        integrity.expect(self.spill.keys_crc, keys_crc, work / KEYS, "the dictionaries' keys")
 
     @property
     def rows(self) -> int:
@@ -129,15 +134,36 @@ class CountPass:
 
     def _dictionaries(self, buckets: Buckets):
         """New dictionaries, or those of an earlier run: their keys were stored, rows are counted again."""
-        dictionaries = self._kernels.Dictionaries(self._preset, self._workers, self.spill.keys())
-        for numbered in buckets.unordered():
-            dictionaries.recount(numbered["coded"], numbered["row"])
+        keys = self.spill.keys()
+        dictionaries = self._kernels.Dictionaries(self._preset, self._workers, keys)
+        limits = np.array([len(column) for column in keys])
+        for coded, numbers in self.stored(buckets):
+            integrity.check_codes(coded, limits, self.spill.folder)
+            dictionaries.recount(coded, numbers)
+        return dictionaries
+
+    def stored(self, buckets: Buckets) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All coded rows so far, int32 [n, 40], and their numbers int64 [n], some at a time; what they sum up to goes
+        into buckets.sums. Raises WorkDamagedError behind the last where they are not those that the journal tells of.
+        """
+        for numbered in integrity.rows_of(buckets):
+            yield numbered["coded"], numbered["row"]
+        found = integrity.add(*buckets.sums.tolist())
+        in_buckets = [sums * inside for sums, inside in zip(self.sums, self.to_buckets, strict=True)]
+        integrity.expect(found, integrity.add(*in_buckets), self.spill.folder, "the rows in the shuffle's buckets")
+        yield from self.spilled()
+
+    def spilled(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The same of the rows in files of their days."""
         for day, (tally, inside) in enumerate(zip(self.tallies, self.to_buckets, strict=True)):
+            found = 0
             for begin in range(0, 0 if inside else tally.kept, RECOUNT_ROWS):
                 coded = self.spill.read(day, begin, min(begin + RECOUNT_ROWS, tally.kept))
-                numbers = np.arange(begin, begin + len(coded)) + first_number(day) + self._first_row
-                dictionaries.recount(coded, numbers)
-        return dictionaries
+                first = first_number(day) + self._first_row + begin
+                found = integrity.add(found, integrity.rows_sum(coded, first))
+                yield coded, np.arange(first, first + len(coded))
+            if not inside:
+                integrity.expect(found, self.sums[day], self.spill.folder / f"rows_{day}", "the coded rows")
 
     def _take(
         self, slab: Slab, dictionaries, buckets: Buckets, parsed: Reused, stored: Reused, bar: tqdm
@@ -175,23 +201,33 @@ class CountPass:
             self.store.kept.add(values, first)
             return lambda: None
         store = self._storing(slab.day, values, first, dictionaries.new_keys(), buckets, stored)
-        return lambda: self._journal.record(slab={"day": slab.day, "keys": store(), **event})
+        return lambda: self._journal.record(slab={"day": slab.day, **store(), **event})
 
     def _storing(
         self, day: int, values: np.ndarray, first: int, keys: Callable[[], list[np.ndarray]], buckets: Buckets,
         memory: Reused,
-    ) -> Callable[[], int]:
-        """What writes the coded rows and the new keys, and returns how many keys there were."""
+    ) -> Callable[[], dict[str, int]]:
+        """What writes the coded rows and the new keys, and returns what the journal says of them: how many keys there
+        were, the checksum of all keys so far, the sum of the rows' digests."""
         if self.to_buckets[day]:
             grouped = self._kernels.group(values, first, buckets.seed, len(buckets), memory)
-            write = lambda: buckets.add(*grouped())  # noqa: E731
+
+            def write() -> int:
+                numbered, ends = grouped()
+                buckets.add(numbered, ends)
+                return integrity.add_to_buckets(numbered, ends, buckets.sums)
         else:
             coded = self._kernels.rows_of(values, memory)
-            write = lambda: self.spill.add(day, coded())  # noqa: E731
 
-        def store() -> int:
-            write()
-            return self.spill.add_keys(keys())
+            def write() -> int:
+                stored = coded()
+                self.spill.add(day, stored)
+                return integrity.rows_sum(stored, first)
+
+        def store() -> dict[str, int]:
+            found = write()
+            self.sums[day] = integrity.add(self.sums[day], found)
+            return {"sum": found, "keys": self.spill.add_keys(keys()), "keys_crc": self.spill.keys_crc}
 
         return store
 

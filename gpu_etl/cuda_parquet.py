@@ -216,8 +216,10 @@ def _pool_memory() -> None:
         rmm.mr.set_current_device_resource(rmm.mr.CudaAsyncMemoryResource())
 
 
-def _decoded(source: Source, slab_bytes: int, skip: int) -> Iterator[tuple[list[Field], int, int]]:
-    """Columns, rows and bytes of some rows after another, decoded on the stream "read"."""
+def _decoded(
+    source: Source, slab_bytes: int, skip: int, names: Sequence[str]
+) -> Iterator[tuple[list[Field], int, int]]:
+    """Columns in the order of their names, rows and bytes of some rows after another, decoded on the stream "read"."""
     try:
         import pylibcudf
     except ImportError as error:
@@ -227,27 +229,34 @@ def _decoded(source: Source, slab_bytes: int, skip: int) -> Iterator[tuple[list[
         ) from error
     _pool_memory()
     info = pylibcudf.io.SourceInfo([str(source.path)])
-    options = pylibcudf.io.parquet.ParquetReaderOptions.builder(info).build()
+    builder, unique = pylibcudf.io.parquet.ParquetReaderOptions.builder(info), len(set(names)) == len(names)
+    options = (builder.columns(list(names)) if unique else builder).build()
     options.set_skip_rows(skip)
     try:
         reader = pylibcudf.io.parquet.ChunkedParquetReader(
             options, stream=stream("read"), chunk_read_limit=slab_bytes, pass_read_limit=PASS_FACTOR * slab_bytes
         )
         while reader.has_next():
-            columns = reader.read_chunk().columns
+            chunk = reader.read_chunk()
+            columns = chunk.columns
+            if unique and chunk.column_names() != list(names):
+                found = dict(zip(chunk.column_names(), columns, strict=True))
+                columns = [found[name] for name in names]
             size = sum(column.device_buffer_size() for column in columns)
             yield [_field(column) for column in columns], columns[0].size(), size
     except RuntimeError as error:  # of libcudf, for all that it cannot read
         raise DataError(f"{source.path}: cuDF cannot read this Parquet file ({error}); try --device cpu") from error
 
 
-def parquet_slabs(file: pq.ParquetFile, source: Source, day: int, slab_bytes: int, skip: int) -> Iterator[DeviceSlab]:
+def parquet_slabs(
+    file: pq.ParquetFile, source: Source, day: int, slab_bytes: int, skip: int, names: Sequence[str]
+) -> Iterator[DeviceSlab]:
     """See parquet.read_parquet. libcudf chooses how many rows a slab has, by its bytes: ROW_BYTES a row of text are
     about as many on the device."""
     end, held = skip, 0
     if end == file.metadata.num_rows:
         return
-    for fields, count, size in _decoded(source, max(slab_bytes, ROW_BYTES), skip):
+    for fields, count, size in _decoded(source, max(slab_bytes, ROW_BYTES), skip, names):
         budget.take("Parquet columns", 2 * size - held)  # those being parsed, and the next ones
         held = 2 * size
         end += count

@@ -1,4 +1,4 @@
-"""The one exception that a user's data or settings can cause (leaf)."""
+"""The exceptions that a user's data, settings or disk can cause (leaf)."""
 
 
 def notes(error: BaseException | None) -> list[str]:
@@ -21,3 +21,12 @@ class BadRowError(DataError):
 
 class DeviceMemoryError(DataError):
     """The GPU's memory, or the part of it that may be used, does not suffice. The work done so far is good."""
+
+
+class KeepWorkError(DataError):
+    """What was done so far is good, and stays for the next try: a day file changed behind the last row, or a file of
+    somebody else is in the way."""
+
+
+class WorkDamagedError(DataError):
+    """What an earlier run left in its work folder is not what it wrote there: it cannot be built on."""

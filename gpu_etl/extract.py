@@ -13,6 +13,7 @@ from isal import igzip, isal_zlib
 from gpu_etl.errors import DataError
 from gpu_etl.memory import Pool, Reused
 from gpu_etl.prefetch import nothing
+from gpu_etl.sources import check_read, stamp_of
 from gpu_etl.text import NEWLINE, Source, TextSlab, read_plain, too_long
 
 TAIL_BYTES = 1 << 16
@@ -112,10 +113,10 @@ def open_sources(paths: list[Path]) -> list[Source]:
             raise DataError(f"{path}: expected a day file (text, gzip, zstd or Parquet), found {found}")
         if any(path.samefile(other.path) for other in sources):
             raise DataError(f"{path}: the same day file is named twice")
-        size = path.stat().st_size
-        if size == 0:
+        stamp = stamp_of(path)
+        if stamp.size == 0:
             raise DataError(f"{path}: the file is empty; expected rows of 40 tab-separated fields")
-        sources.append(Source(path, size))
+        sources.append(Source(path, stamp.size, stamp=stamp))
     return sources
 
 
@@ -198,26 +199,29 @@ def read_day(
     source: Source, day: int, slab_bytes: int, skip: int = 0, *, pool: Pool | None = None,
     readers: Mapping[str, Callable[..., Iterator[Slab]]] = MappingProxyType({}),
     prepare: Callable[[Slab], None] = lambda slab: None, threads: int = 1,
-    initializer: Callable[[], None] = nothing,
+    initializer: Callable[[], None] = nothing, label_optional: bool = False,
 ) -> Iterator[Slab]:  # fmt: skip
     """Slabs of one day file: text, gzip, zstd or Parquet, told by its first bytes, not its name; from place `skip` on.
 
     pool: gives the memory of text; readers: a device's own ways to read a kind of file (cuda.readers), in place of
     those here. prepare: called with each slab before it comes. threads: so many read a file of plain text, and prepare
-    its slabs; each begins with initializer().
+    its slabs; each begins with initializer(). label_optional: whether Parquet without a column of labels is taken, too.
 
-    Raises DataError where packed data are damaged or end early, and where a Parquet file has not the 40 columns.
+    Raises DataError where packed data are damaged or end early, and where a Parquet file has not the 40 columns;
+    also where the bytes read are not as many as the source has, or the file was written to since.
     """
-    kind, pool = kind_of(source.path), pool or Pool()
+    kind, pool, before = kind_of(source.path), pool or Pool(), source.read
     if kind == "text" and kind not in readers:
         yield from read_plain(
             source, day, slab_bytes, skip, pool=pool, prepare=prepare, threads=threads, initializer=initializer
         )
+        check_read(source, source.read - before)
         return
     if kind == "parquet":
         from gpu_etl import parquet  # here, as it needs this module, and text does without pyarrow
 
-        slabs = parquet.read_parquet(source, day, slab_bytes, skip, readers.get(kind, parquet.arrow_slabs))
+        decoded = readers.get(kind, parquet.arrow_slabs)
+        slabs = parquet.read_parquet(source, day, slab_bytes, skip, decoded, label_optional)
     elif kind in readers:
         slabs = readers[kind](source, day, slab_bytes, skip)
     else:
@@ -225,3 +229,4 @@ def read_day(
     for slab in slabs:
         prepare(slab)
         yield slab
+    check_read(source, source.read - before)

@@ -17,7 +17,7 @@ import numpy as np
 
 from gpu_etl.errors import DataError
 from gpu_etl.prefetch import ALONE, Crew
-from gpu_etl.schema import COLUMNS, DENSE, FIRST_DENSE, FIRST_SPARSE, RECORD_DTYPE, SPARSE, split_file
+from gpu_etl.schema import COLUMNS, DENSE, FIRST_DENSE, FIRST_SPARSE, RECORD_DTYPE, SPARSE, SPLITS, split_file
 from gpu_etl.spill import append, open_cut
 
 SPEC_FILE = "feature_spec.yaml"
@@ -89,6 +89,11 @@ def files(form: str, split: str) -> list[str]:
     return [part.path for part in parts(form, split, ANY_SIZES)]
 
 
+def expected_files(form: str) -> list[str]:
+    """Paths of all files of a data set in one of FORMS, but for the id maps and the manifest."""
+    return [name for split in SPLITS for name in files(form, split)] + list(FORMS[form].extra_files(ANY_SIZES))
+
+
 def write_extra_files(form: str, folder: Path, table_sizes: Sequence[int]) -> list[str]:
     """Write what lies beside the splits; returns the relative paths."""
     texts = FORMS[form].extra_files(table_sizes)
@@ -97,18 +102,12 @@ def write_extra_files(form: str, folder: Path, table_sizes: Sequence[int]) -> li
     return list(texts)
 
 
-def rows_written(form: str, folder: Path, split: str, table_sizes: Sequence[int]) -> int:
-    """Whole rows that all files of the split hold; 0 where one is missing."""
-    found = [(Path(folder) / part.path, part.row_bytes) for part in parts(form, split, table_sizes)]
-    return min(path.stat().st_size // row_bytes if path.is_file() else 0 for path, row_bytes in found)
-
-
 class SplitWriter:
     """Appends blocks of records to the files of a split; for use in `with`, or with close().
 
     Every file is cut to exactly `rows_done` rows first, so that a killed run can go on behind the rows it is sure of;
-    0 starts anew. crew: its threads write, and sum up, side by side. Raises DataError where a file holds fewer rows
-    than that.
+    0 starts anew. crew: its threads write, and sum up, side by side. Raises WorkDamagedError where a file holds fewer
+    rows than that.
     """
 
     def __init__(
@@ -142,6 +141,10 @@ class SplitWriter:
         """The manifest's entries for the files as they are: path -> bytes and SHA-256."""
         sums = zip(self._parts, self._files, self._digests, strict=True)
         return {part.path: {"bytes": file.tell(), "sha256": digest.hexdigest()} for part, file, digest in sums}
+
+    def digest(self) -> str:
+        """One SHA-256 of what all files hold so far."""
+        return hashlib.sha256(b"".join(digest.digest() for digest in self._digests)).hexdigest()
 
     def close(self) -> None:
         """Bring everything to the disk and close the files."""

@@ -1,13 +1,18 @@
-"""What the user names -> day files: files, patterns and folders, in natural order."""
+"""What the user names -> day files: files, patterns and folders, in natural order; what is left out is said."""
 
 import glob
 import re
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from gpu_etl.errors import DataError
 
 ENDINGS = ("", ".gz", ".zst", ".tsv", ".txt", ".parquet")
 HIDDEN = (".", "_")  # the second as Spark has it: _SUCCESS, _metadata
+DAY = re.compile(r"day\W?_?(\d+)", re.IGNORECASE)  # what looks like a day: day_2.csv, Day_2, day-2, day2
+PART = re.compile(r"part-\d+")  # of one day, as Spark writes it
+SHOWN = 30
 
 
 def natural(path: Path) -> tuple:
@@ -23,40 +28,104 @@ def _bare(path: Path) -> Path:
     return path
 
 
+def _number(path: Path) -> int | None:
+    """The number of the day that a name looks like."""
+    found = DAY.match(path.name)
+    return int(found[1]) if found else None
+
+
 def _day_files(folder: Path) -> list[Path]:
-    files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(HIDDEN)]
-    files = [path for path in files if path.suffix in ENDINGS]
+    there = [path for path in folder.iterdir() if not path.name.startswith(HIDDEN)]
+    files = [path for path in there if path.is_file() and path.suffix in ENDINGS]
     days = sorted([path for path in files if path.name.startswith("day_")] or files, key=natural)
+    _tell_left_out(folder, days, there)
     if not days:
         raise DataError(
             f"{folder}: expected day files in the folder (day_0, day_1.gz, ...; endings: none, "
             f"{', '.join(ENDINGS[1:])}), found none; name the files themselves"
         )
+    parts = [path for path in days if PART.match(path.name)]
+    if parts:
+        raise DataError(f"{folder}: {_join(folder)}; or, if each is a day, name them as a pattern: '{folder}/part-*'")
+    _check_once(folder, days)
+    return days
+
+
+def _join(folder: Path) -> str:
+    return (
+        f"expected day files, found {PART.pattern[:5]}* files, which are pieces of one day; join them to one file "
+        f"(cat {folder}/part-* > {folder.name or 'day'}.joined, in order; packed ones too, but not Parquet)"
+    )
+
+
+def _tell_left_out(where: Path | str, days: list[Path], there: Iterable[Path]) -> None:
+    """Say what is left out. Raises DataError where that looks like a day that is not among those taken."""
+    left = sorted(set(there) - set(days), key=natural)
+    taken = {_number(path) for path in days}
+    for path in left:
+        if _number(path) is None or _number(path) in taken:
+            continue
+        if path.is_dir():
+            pieces = any(PART.match(piece.name) for piece in path.iterdir())
+            what = _join(path) if pieces else "it looks like a day, but is a folder; move it, or name the files"
+        elif path.is_symlink() and not path.exists():
+            what = f"it looks like a day, but the link leads nowhere ({path.readlink()}); is that disk mounted?"
+        else:
+            what = (
+                f"it looks like a day, but is not called like one (day_N with one of the endings none, "
+                f"{', '.join(ENDINGS[1:])}); rename or convert it, move it away, or name the files themselves"
+            )
+        raise DataError(f"{path}: {what}")
+    if left:
+        print(f"{where}: left out: {_listed([path.name for path in left])}", file=sys.stderr)
+    numbers = sorted(number for number in taken if number is not None)
+    gaps = sorted(set(range(numbers[0], numbers[-1])) - set(numbers)) if numbers else []
+    if gaps:
+        print(f"{where}: between its days there is none of number {_listed(map(str, gaps))}", file=sys.stderr)
+
+
+def _check_once(where: Path | str, days: list[Path]) -> None:
     seen: dict[Path, Path] = {}
     for path in days:
         other = seen.setdefault(_bare(path), path)
         if other is not path:
             raise DataError(
-                f"{folder}: expected each day once, found both {other.name} and {path.name}; "
+                f"{where}: expected each day once, found both {other.name} and {path.name}; "
                 "delete one, or name the files themselves"
             )
-    return days
 
 
 def _matches(pattern: str) -> list[Path]:
-    files = sorted((path for path in map(Path, glob.glob(pattern)) if path.is_file()), key=natural)
+    there = [Path(path) for path in glob.glob(pattern)]
+    files = sorted((path for path in there if path.is_file()), key=natural)
+    _tell_left_out(pattern, files, there)
     if not files:
         raise DataError(f"{pattern}: expected a pattern of day files, found no file that matches; check the name")
+    _check_once(pattern, files)
     return files
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    middle = [f"... {len(names) - SHOWN} more ..."] if len(names) > SHOWN else []
+    return ", ".join(names if not middle else [*names[: SHOWN // 2], *middle, *names[-SHOWN // 2 :]])
+
+
+def list_days(days: list[Path]) -> str:
+    """Words for the list of days that an encode takes, with the first and the last."""
+    if len(days) == 1:
+        return f"one file: {days[0]}"
+    return f"{len(days)} days, first {days[0]}, last {days[-1]}: {_listed(path.name for path in days)}"
 
 
 def expand(words: list[str | Path]) -> list[Path]:
     """Day files, in the order of `words`, each of which is a file, a pattern (*, ?, [...]) or a folder.
 
     A folder stands for those of its files that are called day_*, or for all where none is; they must end in one of
-    ENDINGS and not be hidden. A pattern stands for all files that match. Both are in natural order. A name without a
-    pattern that is not there is returned as it is; open_sources tells. Raises DataError where a folder or a pattern
-    yields nothing, and where a folder holds a day twice (day_0 and day_0.gz).
+    ENDINGS and not be hidden. A pattern stands for all files that match. Both are in natural order; what is there
+    beside them is said on stderr. A name without a pattern that is not there is returned as it is; open_sources tells.
+    Raises DataError where a folder or a pattern yields nothing or holds a day twice (day_0 and day_0.gz), where
+    something in it looks like a day that is not taken, and for a folder of Spark's part files.
     """
     paths: list[Path] = []
     for word in map(Path, words):

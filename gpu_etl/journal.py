@@ -3,39 +3,69 @@
 import fcntl
 import json
 import os
+import sys
+import zlib
 from pathlib import Path
 
 from gpu_etl.errors import DataError
+
+CHAIN = ', "chain": "'
 
 
 class Journal:
     """Events, each a small JSON object, in the order they were recorded; those of an earlier run come first.
 
-    record() returns once the line is with the kernel, where it outlives this process. A last line that a kill cut short
-    is dropped. Raises DataError while another process has the same journal open.
+    record() returns once the line is with the kernel, where it outlives this process. Every line ends with a CRC-32
+    over itself and all lines before it: where a line is damaged or missing, that line and those behind it are dropped,
+    which is said, and the run goes on as one that was killed there. A last line that a kill cut short is dropped.
+    Raises DataError while another process has the same journal open.
     """
 
     def __init__(self, path: Path):
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            os.close(self._file)
             raise DataError(f"{path}: another run is at work there; wait for it, or choose another --out") from None
         self.events: list[dict] = []
         self._held: int | None = None
-        whole = 0
+        self._crc32 = whole = 0
         for line in path.read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"\n"):
+            event = self._parse(line)
+            if event is None:
+                if line.endswith(b"\n"):
+                    print(
+                        f"{path}: line {len(self.events) + 1} is damaged or out of its place; the run goes on from "
+                        "what stands before it",
+                        file=sys.stderr,
+                    )
                 break
-            self.events.append(json.loads(line))
+            self.events.append(event)
             whole += len(line)
         os.truncate(path, whole)
+
+    def _parse(self, line: bytes) -> dict | None:
+        """The event of a line, or None where it is not what record() wrote behind the lines before it."""
+        body, chain, crc32 = line.rpartition(CHAIN.encode())
+        expected = zlib.crc32(body, self._crc32)
+        if not chain or crc32 != f'{expected:08x}"}}\n'.encode():
+            return None
+        self._crc32 = expected
+        return json.loads(body + b"}")
 
     def record(self, **event) -> None:
         """Append an event. Everything it speaks of must have been written before."""
         self.events.append(event)
         if self._held is None:
-            os.write(self._file, (json.dumps(event) + "\n").encode())
+            self._write(event)
+
+    def _write(self, event: dict) -> None:
+        body = json.dumps(event)[:-1]
+        self._crc32 = zlib.crc32(body.encode(), self._crc32)
+        line = f'{body}{CHAIN}{self._crc32:08x}"}}\n'.encode()
+        while line:  # a disk that is almost full takes a part, and raises only when asked again
+            line = line[os.write(self._file, line) :]
 
     def hold(self) -> None:
         """From now on, remember events for this process alone: a later run does not go on where this one was."""
@@ -49,6 +79,11 @@ class Journal:
     def all(self, key: str) -> list:
         """What the events that have `key` hold under it, in order."""
         return [event[key] for event in self.events if key in event]
+
+    def clear(self) -> None:
+        """Forget all events. The file stays, and stays locked."""
+        os.ftruncate(self._file, 0)
+        self.events, self._crc32, self._held = [], 0, None
 
     def close(self) -> None:
         """Close the file."""

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 from tqdm import tqdm
 
-from gpu_etl import formats
+from gpu_etl import formats, integrity
 from gpu_etl.counting import CountPass
 from gpu_etl.encoding import EncodePass, pieces
 from gpu_etl.journal import Journal
@@ -50,16 +50,20 @@ class Store:
         for first, numbered in self.kept.numbered():
             coded, day = np.ascontiguousarray(numbered["coded"]), first >> DAY_SHIFT
             if self._to_buckets[day]:
-                self._buckets.add(*group(coded, first, seed, len(self._buckets), memory))
+                grouped, ends = group(coded, first, seed, len(self._buckets), memory)
+                self._buckets.add(grouped, ends)
+                found = integrity.add_to_buckets(grouped, ends, self._buckets.sums)
             else:
                 self._spill.add(day, coded)
+                found = integrity.rows_sum(coded, first)
+            counting.sums[day] = integrity.add(counting.sums[day], found)
         self.kept.release()
         self._journal.resume()
-        number = self._spill.add_keys(keys)
+        stored = {"keys": self._spill.add_keys(keys), "keys_crc": self._spill.keys_crc}
         for day, tally in enumerate(counting.tallies):
             if tally.read:
-                self._journal.record(slab={"day": day, "keys": number, **tally.event()})
-                number = 0
+                self._journal.record(slab={"day": day, "sum": counting.sums[day], **stored, **tally.event()})
+                stored["keys"] = 0
             if tally.crc32 is not None:
                 self._journal.record(day={"day": day, "crc32": tally.crc32})
 
@@ -85,7 +89,8 @@ class KeptEncodePass(EncodePass):
                 for finished in self._finished(ranges, shuffled, bar):
                     writing.submit(lambda finished=finished: writer.write(finished()))
             files = writer.described()
-        self._journal.record(split={"name": split, "files": files})
+        # No sum of the rows' digests: they have been nowhere that is checked by it.
+        self._journal.record(split={"name": split, "files": files, "sum": 0})
 
     def _finished(self, ranges: list[tuple[int, int]], shuffled: bool, bar: tqdm):
         """What gives the records of the rows of some ranges, some at a time."""

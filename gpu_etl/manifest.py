@@ -3,16 +3,44 @@
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
+from typing_extensions import TypedDict
 
+from common import typed
 from gpu_etl.errors import DataError
-from gpu_etl.schema import COLUMN_NAMES, DENSE
+from gpu_etl.schema import COLUMN_NAMES, DENSE, SPARSE, Preset
 
 FILE_NAME = "manifest.json"
 VERSION = 2
+Count = Annotated[int, Field(ge=0)]
+Sizes = Annotated[list[Annotated[int, Field(ge=1, lt=2**31)]], Field(min_length=SPARSE, max_length=SPARSE)]
+
+
+class FileEntry(TypedDict):
+    """Of an output file."""
+
+    __pydantic_config__ = typed.STRICT
+    bytes: Count
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class SourceEntry(TypedDict):
+    """Of a day file; see Manifest."""
+
+    __pydantic_config__ = typed.STRICT
+    file: str
+    bytes: Count
+    crc32: Annotated[str, Field(pattern="^[0-9a-f]{8}$")]
+    rows: Count
+    dropped: dict[str, Count]
+    kept: Count
+    clicks: Count
+    missing: Annotated[list[Count], Field(min_length=DENSE + SPARSE, max_length=DENSE + SPARSE)]
 
 
 @dataclass(frozen=True)
@@ -25,12 +53,26 @@ class Manifest:
     Holds no time and no path, so that the same input and settings make the same manifest.
     """
 
-    rows: dict[str, int]
-    table_sizes: list[int]
-    settings: dict
-    sources: list[dict]
-    files: dict[str, dict]
+    __pydantic_config__ = typed.STRICT
+    rows: dict[Literal["train", "test", "val"], Count]
+    table_sizes: Sizes
+    settings: dict[str, Any]
+    sources: list[SourceEntry]
+    files: dict[str, FileEntry]
     version: int = VERSION
+
+    def preset(self) -> Preset:
+        """The rules of the settings. Raises DataError where they are none."""
+        found = self.settings.get("preset")
+        known = {field.name for field in fields(Preset)}
+        try:
+            if not isinstance(found, dict) or found.keys() - known:
+                raise TypeError(f"expected some of {', '.join(sorted(known))}")
+            preset = Preset(**found)
+            preset.check()
+        except TypeError as error:
+            raise DataError(f"{FILE_NAME}: settings.preset: not the rules of a preset ({error})") from error
+        return preset
 
     def write(self, folder: Path) -> None:
         """Write FILE_NAME into the folder, whole or not at all."""
@@ -47,15 +89,14 @@ class Manifest:
         """Read FILE_NAME from the folder. Raises DataError where it is missing, damaged or of another version."""
         path = Path(folder) / FILE_NAME
         try:
-            fields = json.loads(path.read_text())
-            version = fields.get("version")
-            if version != VERSION:
-                raise DataError(f"{path}: expected version {VERSION}, got {version}; encode the days again")
-            return Manifest(**fields)
+            text = path.read_bytes()
         except FileNotFoundError:
             raise DataError(f"{path}: no such file; expected a data set made by `python -m gpu_etl encode`") from None
-        except (json.JSONDecodeError, TypeError, AttributeError) as error:
-            raise DataError(f"{path}: not a manifest ({error}); encode the days again") from error
+        return typed.read_json(Manifest, text, str(path), _no_manifest, VERSION)
+
+
+def _no_manifest(words: str) -> DataError:
+    return DataError(f"{words}; not a manifest of version {VERSION}, or a damaged one: encode the days again")
 
 
 def describe_file(path: Path) -> dict:

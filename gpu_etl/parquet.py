@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gpu_etl import rows
+from gpu_etl import columns, rows
 from gpu_etl.errors import DataError
 from gpu_etl.extract import ChecksummedFile, Slab, Source, skip_bytes
 from gpu_etl.faults import EXPECTED, SHOWN
@@ -102,11 +102,20 @@ def _parse_column(array: pa.Array, column: int) -> Parsed:
 
 @dataclass
 class ParquetSlab:
-    """Some rows of a Parquet file: a batch of 40 columns whose types _check let pass. `end` counts rows."""
+    """Some rows of a Parquet file: a batch of 40 columns whose types _check let pass, or of 39 without a label, which
+    is 0 then. `end` counts rows."""
 
     day: int
     end: int
     batch: pa.RecordBatch
+
+    @property
+    def labelled(self) -> bool:
+        """Whether there is a label."""
+        return self.batch.num_columns == COLUMNS
+
+    def _column(self, column: int) -> pa.Array:
+        return _plain(self.batch.column(column - (not self.labelled)))
 
     def prepare(self, kernels: ModuleType) -> None:
         """Nothing to do: Arrow finds the rows."""
@@ -122,8 +131,9 @@ class ParquetSlab:
         count = len(self.batch)
         values = memory.empty((COLUMNS, count), np.uint32).T
         missing, faults = np.zeros(count, np.uint64), np.zeros(count, np.int32)
-        for column in range(COLUMNS):
-            numbers, empty, kinds = _parse_column(_plain(self.batch.column(column)), column)
+        values[:, 0] = 0
+        for column in range(0 if self.labelled else 1, COLUMNS):
+            numbers, empty, kinds = _parse_column(self._column(column), column)
             values[:, column] = numbers
             missing |= empty.astype(np.uint64) << np.uint64(column)
             if kinds.any():
@@ -134,7 +144,7 @@ class ParquetSlab:
     def describe(self, row: int, code: int) -> str:
         """Words for the fault `code` of row `row` of this slab."""
         kind, column = divmod(int(code), rows.FAULT_STRIDE)
-        field = _plain(self.batch.column(column))[row]
+        field = self._column(column)[row]
         is_text = hasattr(field, "as_buffer") and field.is_valid
         shown = repr(field.as_buffer().to_pybytes().decode("utf-8", "replace") if is_text else field.as_py())
         shown = shown if len(shown) <= SHOWN else shown[:SHOWN] + "..."
@@ -154,50 +164,61 @@ def _fits(kind: pa.DataType, column: int) -> bool:
     return any(is_kind(kind) for is_kind in strings)
 
 
-def _check(schema: pa.Schema, source: Source) -> None:
-    """Raise DataError where a file has other than 40 columns, or one of a type that cannot be read."""
-    if len(schema) != COLUMNS:
-        raise DataError(
-            f"{source.path}: expected {COLUMNS} columns (label, 13 integers, 26 categories, in this order), got "
-            f"{len(schema)}: {', '.join(schema.names)[:SHOWN]}; select and order them when writing the file"
-        )
-    for column, field in enumerate(schema):
+def _check(schema: pa.Schema, names: list[str], source: Source) -> None:
+    """Raise DataError where a column is of a type that cannot be read. names: as columns.resolve() gives them."""
+    in_place = schema.names == names
+    for column, name in enumerate(names):
+        if not name:
+            continue
+        field = schema.field(column if in_place else schema.get_field_index(name))
         if not _fits(field.type, column):
             dense, sparse = "integers, or floats that hold whole numbers", "hex strings or integers"
             wanted = "integers or bools" if column == 0 else dense if column < FIRST_SPARSE else sparse
+            place, told_by = schema.names.index(name) + 1, "place" if in_place else "name"
             raise DataError(
-                f"{source.path}: column {column + 1} ({field.name!r}), which is {COLUMN_NAMES[column]} by its place: "
-                f"expected {wanted}, got the type {field.type}; check the order of columns, or convert it"
+                f"{source.path}: column {place} ({name!r}), which is {COLUMN_NAMES[column]} by its {told_by}: expected "
+                f"{wanted}, got the type {field.type}; check the order and the names of the columns, or convert it"
             )
 
 
-def _batches(file: pq.ParquetFile, batch_rows: int, skip: int) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """(end, batch) of the rows behind the first `skip`; row groups before them are not read."""
+def _batches(
+    file: pq.ParquetFile, batch_rows: int, skip: int, names: list[str]
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """(end, batch) of the rows behind the first `skip`; row groups before them are not read, nor columns without a
+    name in `names`, whose order is that of the batch."""
+    wanted = [name for name in names if name]
+    in_place = file.schema_arrow.names == wanted  # names may be there twice then
     ends = np.cumsum([0] + [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
     first = int(np.searchsorted(ends[1:], skip, side="right"))
     end = int(ends[first])
-    for batch in file.iter_batches(batch_rows, row_groups=range(first, file.num_row_groups)):
+    row_groups = range(first, file.num_row_groups)
+    for batch in file.iter_batches(batch_rows, row_groups=row_groups, columns=None if in_place else wanted):
         end += len(batch)
         if end > skip:
-            yield end, batch.slice(max(0, len(batch) - (end - skip)))
+            behind = batch.slice(max(0, len(batch) - (end - skip)))
+            yield end, behind if in_place else behind.select(wanted)
     if not end == ends[-1] == file.metadata.num_rows:
         raise pa.ArrowInvalid(f"{file.metadata.num_rows} rows by its footer, {ends[-1]} by its row groups, read {end}")
 
 
-def arrow_slabs(file: pq.ParquetFile, source: Source, day: int, slab_bytes: int, skip: int) -> Iterator[ParquetSlab]:
+def arrow_slabs(
+    file: pq.ParquetFile, source: Source, day: int, slab_bytes: int, skip: int, names: list[str]
+) -> Iterator[ParquetSlab]:
     """Slabs of about slab_bytes / 256 rows, decoded by Arrow."""
-    for end, batch in _batches(file, max(1, slab_bytes // ROW_BYTES), skip):
+    for end, batch in _batches(file, max(1, slab_bytes // ROW_BYTES), skip, names):
         yield ParquetSlab(day, end, batch)
 
 
 def read_parquet(
-    source: Source, day: int, slab_bytes: int, skip: int = 0, decoded: Callable[..., Iterator[Slab]] = arrow_slabs
-) -> Iterator[Slab]:
-    """Slabs of a Parquet file from row `skip` on, as decoded(file, source, day, slab_bytes, skip) makes them.
+    source: Source, day: int, slab_bytes: int, skip: int = 0, decoded: Callable[..., Iterator[Slab]] = arrow_slabs,
+    label_optional: bool = False,
+) -> Iterator[Slab]:  # fmt: skip
+    """Slabs of a Parquet file from row `skip` on, as decoded(file, source, day, slab_bytes, skip, names) makes them.
 
-    Columns are told by place: a label (integer or bool), 13 columns of integers (or of floats that hold whole numbers,
-    NaN for nothing), 26 of hex strings or of integers of 32 bits, signed or not. Null is empty. Raises DataError for
-    another number of columns, other types and damaged files.
+    Columns are told by name or place (columns.resolve, which gives the names): a label (integer or bool), 13 columns of
+    integers (or of floats that hold whole numbers, NaN for nothing), 26 of hex strings or of integers of 32 bits,
+    signed or not. Null is empty. Checksums of pages are held against the pages, where a file has them. Raises DataError
+    for other columns, other types and damaged files.
     """
     try:
         # Decoders read by seeking, so the checksum takes its own way through the file, in step with the rows.
@@ -205,8 +226,9 @@ def read_parquet(
             ChecksummedFile(source) as stored,
             pq.ParquetFile(source.path, buffer_size=READ_BYTES, page_checksum_verification=True) as file,
         ):
-            _check(file.schema_arrow, source)
-            for slab in decoded(file, source, day, slab_bytes, skip):
+            names = columns.resolve(file.schema_arrow.names, str(source.path), label_optional)
+            _check(file.schema_arrow, names, source)
+            for slab in decoded(file, source, day, slab_bytes, skip, names):
                 skip_bytes(stored, source.size * slab.end // file.metadata.num_rows - source.read)
                 yield slab
             skip_bytes(stored, source.size - source.read)

@@ -1,11 +1,11 @@
 """What one task of a cluster counts: a whole day file, or a range of bytes of a plain text one."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from gpu_etl.crc import combine
 from gpu_etl.extract import Source, kind_of
+from gpu_etl.integrity import read_json, write_json
 from gpu_etl.settings import Settings
 from gpu_etl.tally import Tally
 
@@ -73,15 +73,12 @@ def count_rows(path: Path, begin: int, end: int) -> int:
 
 def save(parts: list[Part], work: Path) -> None:
     """Keep the parts, so that a later run goes on with the same ones whatever the number of its workers."""
-    temporary = work / f"{FILE_NAME}.part"
-    temporary.write_text(json.dumps([asdict(part) for part in parts]))
-    temporary.rename(work / FILE_NAME)
+    write_json(work / FILE_NAME, [asdict(part) for part in parts])
 
 
 def load(work: Path) -> list[Part]:
-    """The parts of an earlier run; none if it came to none."""
-    path = work / FILE_NAME
-    return [Part(**fields) for fields in json.loads(path.read_text())] if path.exists() else []
+    """The parts of an earlier run; none if it came to none. Raises WorkDamagedError where their file is damaged."""
+    return [Part(**fields) for fields in read_json(work / FILE_NAME) or []]
 
 
 def by_day(parts: list[Part], tallies: list[Tally], days: int) -> list[Tally]:

@@ -1,7 +1,6 @@
 """Raw days -> data set: checks, the count pass, the encode pass, and the final names, each resumable."""
 
 import resource
-import shutil
 import sys
 import time
 from contextlib import contextmanager
@@ -11,20 +10,22 @@ from types import ModuleType
 
 import numpy as np
 
-from gpu_etl import backend, formats, kept, manifest, splits, vocabulary
+from gpu_etl import backend, formats, integrity, kept, manifest, splits, vocabulary
 from gpu_etl.counting import CountPass
 from gpu_etl.encoding import EncodePass, day_shifts, scatter
-from gpu_etl.errors import BadRowError, DataError, DeviceMemoryError
+from gpu_etl.errors import BadRowError, DataError, DeviceMemoryError, KeepWorkError
 from gpu_etl.extract import Source, open_sources
 from gpu_etl.journal import Journal
 from gpu_etl.prefetch import Crew
+from gpu_etl.publish import publish, stamps
 from gpu_etl.schema import FIRST_DENSE
 from gpu_etl.settings import Settings
 from gpu_etl.shuffle import Buckets
+from gpu_etl.sources import Stamp, check_unchanged
 from gpu_etl.tally import Tally
-from gpu_etl.workfolder import WORK, describe_job, finished, guess_rows, prepare, publish
+from gpu_etl.workfolder import JOB, JOURNAL, WORK, describe_job, finished, guess_rows, prepare, remove, until_sound
 
-JOURNAL, IDS = "journal.jsonl", "ids.npz"
+IDS = "ids.npz"
 
 
 @dataclass
@@ -62,7 +63,14 @@ def _count(
             words.save(work)
             np.savez(work / IDS, *ids)
         distinct = [len(column.keys) for column in counts.columns]
-        journal.record(counted={"distinct": distinct, "table_sizes": words.table_sizes})
+        files = {name: manifest.describe_file(work / name) for name in (vocabulary.FILE_NAME, IDS)}
+        if any(counting.to_buckets):
+            journal.record(bucket_sums=buckets.sums.tolist())
+        journal.record(counted={"distinct": distinct, "table_sizes": words.table_sizes, "files": files})
+    elif not journal.all("files"):
+        integrity.check_file(work / IDS, journal.all("counted")[0]["files"][IDS])
+        for _ in counting.spilled():  # the compiled loops that encode rows look at no bound of their codes
+            pass
     (counted,) = journal.all("counted")
     report.distinct = counted["distinct"]
     return counted["table_sizes"]
@@ -84,17 +92,24 @@ def _buckets(settings: Settings, job: dict, counting: CountPass, journal: Journa
     for event in journal.all("scattered"):
         kept[event["day"]] += event["rows"]
     gathering = bool(journal.all("gathered"))
-    return Buckets(work, job["buckets"], settings.seed, None if gathering else kept)
+    buckets = Buckets(work, job["buckets"], settings.seed, None if gathering else kept)
+    for sums in journal.all("bucket_sums"):
+        buckets.sums[:] = sums
+    return buckets
 
 
 def _encode(
     kernels: ModuleType, counting: CountPass, buckets: Buckets, ranges: dict[str, tuple[int, int]],
     table_sizes: list[int], settings: Settings, journal: Journal, work: Path,
-) -> None:  # fmt: skip
-    """The encode pass, split by split; training rows come from the buckets, if rows are shuffled."""
+) -> dict[str, Stamp]:  # fmt: skip
+    """The encode pass, split by split; training rows come from the buckets, if rows are shuffled. Returns the stamps of
+    the files that it wrote.
+
+    Raises WorkDamagedError where the rows that went into the splits are not those that were counted.
+    """
     day_rows = [tally.kept for tally in counting.tallies]
     spilled = counting.store is None and settings.shuffle and not any(counting.to_buckets)
-    if spilled and not journal.all("gathered"):
+    if spilled and not journal.all("bucket_sums"):
         scatter(counting.spill, buckets, day_rows, *ranges["train"], journal)
     shifts = day_shifts([tally.smallest for tally in counting.tallies], settings.preset)
     with np.load(work / IDS) as arrays:
@@ -102,10 +117,14 @@ def _encode(
     passed = kernels, counting.spill, buckets, day_rows, shifts, ids, table_sizes, settings.form, journal, work
     store = counting.store
     encoding = EncodePass(*passed) if store is None else kept.KeptEncodePass(store.kept, settings.seed, *passed)
-    finished = {event["name"] for event in journal.all("split")}
+    finished, written = {event["name"] for event in journal.all("split")}, {}
     for split, (begin, end) in ranges.items():
         if split not in finished:
             encoding.run(split, begin, end, settings.shuffle and split == "train")
+            written |= stamps(work, journal.all("split")[-1]["files"])
+    encoded = integrity.add(*({event["name"]: event["sum"] for event in journal.all("split")}.values()))
+    integrity.expect(encoded, integrity.add(*counting.sums), work, "the coded rows of all splits")
+    return written
 
 
 def _run_on_cluster(
@@ -122,8 +141,8 @@ def _run_on_cluster(
         ranges = _ranges(tallies, settings)
         with report.stage("encode"):
             files = cluster.encode(ranges)
-    result = _describe(sources, tallies, ranges, table_sizes, files, settings)
-    publish(work, out, result)
+        result = _describe(sources, tallies, ranges, table_sizes, files, settings)
+        _publish(work, out, sources, result, stamps(work, files))  # before the cluster's end, which may fail
     return result
 
 
@@ -145,18 +164,31 @@ def _run(
         counting.store = kept.Store(on_device, journal, counting.spill, buckets, counting.to_buckets)
     table_sizes = _count(kernels, counting, buckets, settings, journal, work, report)
     ranges = _ranges(counting.tallies, settings)
+    written = {}
     if not journal.all("files"):
         with report.stage("encode"):
-            _encode(kernels, counting, buckets, ranges, table_sizes, settings, journal, work)
+            written = _encode(kernels, counting, buckets, ranges, table_sizes, settings, journal, work)
         names = vocabulary.FILE_NAME, *formats.write_extra_files(settings.form, work, table_sizes)
         files = {name: entry for event in journal.all("split") for name, entry in event["files"].items()}
+        (counted,) = journal.all("counted")
+        integrity.check_file(work / vocabulary.FILE_NAME, counted["files"][vocabulary.FILE_NAME])
         files |= {name: manifest.describe_file(work / name) for name in names}
+        written |= stamps(work, names)
         journal.record(files=files)
     report.device_bytes = kernels.peak_device_bytes()
     (files,) = journal.all("files")
     result = _describe(sources, counting.tallies, ranges, table_sizes, files, settings)
-    publish(work, out, result)
+    _publish(work, out, sources, result, written)
     return result
+
+
+def _publish(
+    work: Path, out: Path, sources: list[Source], result: manifest.Manifest, written: dict[str, Stamp]
+) -> None:
+    """The final names, if the day files are still what they were. written: see publish()."""
+    for source in sources:
+        check_unchanged(source, KeepWorkError)
+    publish(work, out, result, written)
 
 
 def _describe(sources, tallies: list[Tally], ranges, table_sizes, files, settings: Settings) -> manifest.Manifest:
@@ -175,51 +207,64 @@ def _describe(sources, tallies: list[Tally], ranges, table_sizes, files, setting
     )
 
 
+def _explain(error: OSError, out: Path) -> Exception:
+    """The error with what to do about it. A TimeoutError and errors of the network are OSErrors too."""
+    again = "give the same command again: it goes on where it was"
+    if error.errno is None or isinstance(error, (ConnectionError, TimeoutError)):
+        words = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+        return KeepWorkError(f"{words} (not a fault of the disk); the work in {out} is kept: {again}")
+    return OSError(error.errno, f"{error.strerror or error}; mend that, then {again}", error.filename or str(out))
+
+
 def encode_days(inputs: list[Path], out: Path, settings: Settings) -> tuple[manifest.Manifest, Report]:
     """Encode raw day files into a data set in folder `out`. Returns its manifest and what it cost.
 
     Memory: a few slabs, the dictionaries, a few shuffle buckets. Disk, beside the result: 168 B a row while it runs.
     A run that was killed, or whose disk was full, goes on where it was when it is started again, and ends with the same
     bytes. Raises DataError on bad input or settings; nothing stays in `out` then, except the work done before a bad
-    row, from where a run that leaves it out can go on. Raises OSError where the disk fails or is full.
+    row, from where a run that leaves it out can go on, or where a file of somebody else has the name of one of the data
+    set. Raises OSError where the disk fails or is full. Nothing is replaced or removed that an encode has not written.
     """
     settings.check(len(inputs))
     sources = open_sources(inputs)
     out, report = Path(out), Report()
     existed = out.exists()
     job = describe_job(sources, settings)
-    result = finished(out, job)
+    result = finished(out, job, sources)
     if result is None:
         work = prepare(out, job, sources, settings)
         journal = Journal(work / JOURNAL)
-        report.resumed = bool(journal.events)
-        try:
+
+        def run() -> manifest.Manifest:
+            report.resumed = len(journal.events) > 1 or any(work.glob("part_*"))
             if settings.on_cluster:
-                result = _run_on_cluster(work, out, sources, settings, job, report)
-            else:
-                result = _run(journal, work, out, sources, settings, job, report)
+                return _run_on_cluster(work, out, sources, settings, job, report)
+            return _run(journal, work, out, sources, settings, job, report)
+
+        try:
+            result = until_sound(work, journal, job, sources, run)
         except DataError as error:
             if settings.on_cluster and any(work.glob("part_*")):
                 raise  # tasks of other workers may still run; what they do is good for the next try
-            if isinstance(error, DeviceMemoryError):
+            if isinstance(error, (DeviceMemoryError, KeepWorkError)):
                 raise
             if isinstance(error, BadRowError) and journal.all("slab"):
                 raise BadRowError(
                     f"{error}. The work done before that row is kept in {work}: the same command goes on from there "
                     "with --bad-rows skip (or a higher --max-bad-rows); delete that folder to start anew"
                 ) from error
-            shutil.rmtree(work, ignore_errors=True)
+            remove(work)
             if not existed and not any(out.iterdir()):
                 out.rmdir()
             raise
         except OSError as error:
-            advice = "mend that, then give the same command again: it goes on where it was"
-            raise OSError(error.errno, f"{error.strerror or error}; {advice}", error.filename or str(out)) from error
+            raise _explain(error, out) from error
         except Exception as error:
             raise backend.explain(error) from error
         finally:
             journal.close()
     else:
         print(f"{out}: finished already, by the same command", file=sys.stderr)
-    shutil.rmtree(out / WORK, ignore_errors=True)
+    if (out / WORK / JOB).exists():
+        remove(out / WORK)
     return result, report

@@ -13,7 +13,7 @@ from pathlib import Path
 import numba
 import numpy as np
 
-from gpu_etl.errors import DataError
+from gpu_etl.errors import WorkDamagedError
 from gpu_etl.jit import compiled, compiled_parallel
 from gpu_etl.memory import Reused
 from gpu_etl.prefetch import ALONE, nothing, prefetch
@@ -121,8 +121,8 @@ class Buckets:
     """Takes numbered rows in any order, gives them back in the order of their keys, a bucket at a time.
 
     kept: of each day, the rows that an earlier run has surely brought; later ones are dropped. None: all were brought,
-    and some buckets taken out again. first_row: of the rows that are brought of a day. Raises DataError where rows are
-    missing.
+    and some buckets taken out again. first_row: of the rows that are brought of a day. paths: of the buckets' files;
+    sums: uint64 [count], kept by whoever brings rows (integrity.py). Raises WorkDamagedError where rows are missing.
 
     crew: its threads write, each to a range of buckets, and read, each a range of one. For the owner to set.
     """
@@ -131,17 +131,18 @@ class Buckets:
 
     def __init__(self, folder: Path, count: int, seed: int, kept: list[int] | None, first_row: int = 0):
         self.seed = seed
-        self._paths = [folder / f"bucket_{b}" for b in range(count)]
+        self.paths = [folder / f"bucket_{b}" for b in range(count)]
+        self.sums = np.zeros(count, np.uint64)
         if kept is None:
             self._files = []
             return
-        left = sum(_cut_back(path, np.array(kept) + first_row) for path in self._paths)
+        left = sum(_cut_back(path, np.array(kept) + first_row) for path in self.paths)
         if count and left != sum(kept):
-            raise DataError(
-                f"{folder}: expected {sum(kept)} rows in shuffle buckets, found {left}: less than that run's journal "
-                "says (did the machine stop?), so it cannot go on; delete this folder and start again"
+            raise WorkDamagedError(
+                f"{folder}: expected {sum(kept)} rows in shuffle buckets, found {left}: not what that run's journal "
+                "says (did the machine stop?)"
             )
-        self._files = [open(path, "ab", buffering=0) for path in self._paths]  # noqa: SIM115 - closed in close()
+        self._files = [open(path, "ab", buffering=0) for path in self.paths]  # noqa: SIM115 - closed in close()
 
     def add(self, numbered: np.ndarray, ends: np.ndarray) -> None:
         """Take what group() made. It is with the kernel on return."""
@@ -160,11 +161,11 @@ class Buckets:
 
     def rows(self) -> list[int]:
         """How many rows each bucket holds."""
-        return [path.stat().st_size // NUMBERED.itemsize for path in self._paths]
+        return [path.stat().st_size // NUMBERED.itemsize for path in self.paths]
 
     def read(self, bucket: int, memory: Reused) -> np.ndarray:
         """A bucket's rows, NUMBERED, as they came; they lie in `memory`."""
-        crew, path = self.crew, self._paths[bucket]
+        crew, path = self.crew, self.paths[bucket]
         numbered = memory.empty((path.stat().st_size // NUMBERED.itemsize,), NUMBERED)
         view = memoryview(numbered.view(np.uint8))
         share = max(READ_BYTES, -(-len(view) // crew.threads))
@@ -172,13 +173,6 @@ class Buckets:
             begins = range(0, len(view), share)
             crew.run([partial(_read_at, file.fileno(), view[begin : begin + share], begin) for begin in begins])
         return numbered
-
-    def unordered(self) -> Iterator[np.ndarray]:
-        """All rows (NUMBERED), in pieces and in any order."""
-        for path in self._paths:
-            with open(path, "rb") as file:
-                while len(rows := np.fromfile(file, NUMBERED, TAIL_ROWS)):
-                    yield rows
 
     def whole(
         self, start: int, memory: list[Reused], initializer: Callable[[], None] = nothing
@@ -191,10 +185,10 @@ class Buckets:
 
     def remove(self, bucket: int) -> None:
         """Delete a bucket's file, if it is still there."""
-        self._paths[bucket].unlink(missing_ok=True)
+        self.paths[bucket].unlink(missing_ok=True)
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self.paths)
 
     def close(self) -> None:
         """Close the bucket files."""
@@ -218,7 +212,9 @@ def _cut_back(path: Path, kept: np.ndarray) -> int:
     while count:
         first = max(0, count - TAIL_ROWS)
         numbers = np.fromfile(path, NUMBERED, count - first, offset=first * NUMBERED.itemsize)["row"]
-        surely = np.flatnonzero((numbers & ((1 << DAY_SHIFT) - 1)) < kept[numbers >> DAY_SHIFT])
+        days = numbers >> DAY_SHIFT  # torn or damaged rows may have any number
+        known = (days >= 0) & (days < len(kept))
+        surely = np.flatnonzero(known & ((numbers & ((1 << DAY_SHIFT) - 1)) < kept[np.where(known, days, 0)]))
         if len(surely):
             count = first + int(surely[-1]) + 1
             break

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from isal import isal_zlib
 
-from gpu_etl.errors import DataError
+from gpu_etl.errors import WorkDamagedError
 from gpu_etl.schema import COLUMNS, RECORD_BYTES, RECORD_DTYPE, SPARSE
 
 DAY_SHIFT = 40
@@ -42,13 +43,13 @@ def append(file: BinaryIO, array: np.ndarray) -> None:
 
 
 def open_cut(path: Path, size: int) -> BinaryIO:
-    """Open a file for append() behind its first `size` bytes; the others go. Raises DataError where it is shorter."""
+    """Open a file for append() behind its first `size` bytes; the others go. WorkDamagedError where it is shorter."""
     path.touch()
     found = path.stat().st_size
     if found < size:
-        raise DataError(
+        raise WorkDamagedError(
             f"{path}: expected {size} bytes to go on behind, found {found}: less than that run's journal says (did the "
-            "machine stop?), so it cannot go on; delete this folder and start again"
+            "machine stop?)"
         )
     os.truncate(path, size)
     return open(path, "ab", buffering=0)
@@ -58,13 +59,14 @@ class Spill:
     """Coded rows, 160 B each, in a file a day; and the keys of the dictionaries.
 
     kept: rows of each day that an earlier run has surely put there, 0 for days whose rows go elsewhere; keys: how many
-    keys. Raises DataError where it left fewer.
+    keys. keys_crc: CRC-32 of their file. Raises WorkDamagedError where it left fewer.
     """
 
     def __init__(self, folder: Path, kept: list[int], keys: int):
-        self._folder = folder
+        self.folder = folder
         self._files = [open_cut(folder / f"rows_{day}", rows * RECORD_BYTES) for day, rows in enumerate(kept)]
         self._key_file = open_cut(folder / KEYS, keys * KEY.itemsize)
+        self.keys_crc = isal_zlib.crc32(np.fromfile(folder / KEYS, np.uint8))
 
     def add(self, day: int, coded: np.ndarray) -> None:
         """Append rows int32 [n, 40], C-contiguous, of a day. They are with the kernel on return."""
@@ -72,7 +74,7 @@ class Spill:
 
     def read(self, day: int, begin: int, end: int) -> np.ndarray:
         """Rows begin to end of a day, int32 [n, 40]."""
-        return self.rows_in(self._folder, day, begin, end)
+        return self.rows_in(self.folder, day, begin, end)
 
     @staticmethod
     def rows_in(folder: Path, day: int, begin: int, end: int) -> np.ndarray:
@@ -84,12 +86,14 @@ class Spill:
     def add_keys(self, keys: list[np.ndarray]) -> int:
         """Append 26 arrays of new keys; returns how many they were together."""
         columns = np.repeat(np.arange(SPARSE, dtype=KEY), [len(column) for column in keys])
-        append(self._key_file, columns << 32 | np.concatenate(keys))
+        stored = columns << 32 | np.concatenate(keys)
+        append(self._key_file, stored)
+        self.keys_crc = isal_zlib.crc32(stored, self.keys_crc)
         return len(columns)
 
     def keys(self) -> list[np.ndarray]:
         """26 arrays of keys, uint32, in the order in which they were added."""
-        return self.keys_in(self._folder)
+        return self.keys_in(self.folder)
 
     @staticmethod
     def keys_in(folder: Path) -> list[np.ndarray]:

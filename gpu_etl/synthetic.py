@@ -207,13 +207,12 @@ def _write_rows(keys, begins, main, vectors, linear, square, missing, mean, devi
 
 
 def _write_day(path: Path, model: TrueModel, first_row: int, rows: int, compress: bool, bar: tqdm) -> np.ndarray:
-    """Write one day file, whole or not at all; returns its truth, float64 [rows, 3] of _write_rows."""
+    """Write one day file under the name of _part(); returns its truth, float64 [rows, 3] of _write_rows."""
     truth = np.empty((rows, 3))
     out = np.empty(CHUNK_ROWS * ROW_BYTES, np.uint8)
     missing = np.array(MISSING_DENSE + MISSING_SPARSE)
     mean, deviation, pairs = np.array(LOG_MEAN), np.array(LOG_DEVIATION), np.array(PAIRS)
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as raw, (igzip.IGzipFile("", "wb", fileobj=raw, mtime=0) if compress else raw) as file:
+    with open(_part(path), "wb") as raw, (igzip.IGzipFile("", "wb", fileobj=raw, mtime=0) if compress else raw) as file:
         for begin in range(0, rows, CHUNK_ROWS):
             end = min(begin + CHUNK_ROWS, rows)
             keys = row_keys(model.seed, first_row + begin, end - begin)
@@ -223,8 +222,11 @@ def _write_day(path: Path, model: TrueModel, first_row: int, rows: int, compress
             )  # fmt: skip
             file.write(memoryview(out)[:size])
             bar.update(end - begin)
-    temporary.rename(path)
     return truth
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(path.name + ".part")
 
 
 def auc(scores: np.ndarray, labels: np.ndarray) -> float:
@@ -253,7 +255,7 @@ def write_days(out: Path, rows: int, days: int, seed: int, compress: bool, signa
     probability_day_N.npy: float32 [rows of the day], each row's true click probability. TRUTH_FILE: best AUC and log
     loss, by day and for the rows that `encode` makes the test and validation splits, with and without the pairs' part.
     The same rows, days, seed and signal (see draw_model) make the same bytes. Raises DataError for fewer than two days
-    or ten rows a day, and for a signal that is not above 0.
+    or ten rows a day, for a signal that is not above 0, and where day files are there that it has not made.
     """
     if not signal > 0:
         raise DataError(f"--signal {signal}: expected a number above 0")
@@ -261,9 +263,15 @@ def write_days(out: Path, rows: int, days: int, seed: int, compress: bool, signa
         raise DataError(f"--rows {rows} --days {days}: expected 2 days or more, of 10 rows or more each")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    paths = [out / (f"day_{day}.gz" if compress else f"day_{day}") for day in range(days)]
+    foreign = [path.name for path in paths if path.exists() and not (out / TRUTH_FILE).exists()]
+    if foreign:
+        raise DataError(
+            f"{out}: holds {', '.join(foreign)}, but no {TRUTH_FILE} that says that they are synthetic; they are not "
+            "replaced: choose another --out"
+        )
     model = draw_model(rows, seed, signal)
     edges = [rows * day // days for day in range(days + 1)]
-    paths = [out / (f"day_{day}.gz" if compress else f"day_{day}") for day in range(days)]
     bar = tqdm(total=rows, desc="synth", unit="rows", unit_scale=True)
     with bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         jobs = [
@@ -282,4 +290,6 @@ def write_days(out: Path, rows: int, days: int, seed: int, compress: bool, signa
         "val": _describe(truths[-1][half:]),
     }
     (out / TRUTH_FILE).write_text(json.dumps(described, indent=1) + "\n")
+    for path in paths:  # behind the truth, so that a run that was killed has left no day without it
+        _part(path).rename(path)
     return described

@@ -21,6 +21,7 @@ from gpu_etl import crc, faults
 from gpu_etl.errors import DataError
 from gpu_etl.memory import Pool, Reused
 from gpu_etl.prefetch import in_order, nothing
+from gpu_etl.sources import Stamp
 
 NEWLINE = 10
 PIECE_BYTES = 1 << 18  # read at a time, and summed up while in the cache
@@ -31,13 +32,14 @@ STEP_BYTES = 1 << 12
 @dataclass
 class Source:
     """One day file, or `size` bytes of a plain text one from `begin` on: how many bytes were read, and the CRC-32 of
-    what was read."""
+    what was read. stamp: of the whole file, None where it is not looked at again."""
 
     path: Path
     size: int
     begin: int = 0
     read: int = 0
     crc32: int = 0
+    stamp: Stamp | None = None
 
 
 @dataclass

@@ -3,20 +3,30 @@
 from pathlib import Path
 
 from gpu_etl.errors import DataError
+from gpu_etl.formats import FORMS, expected_files
 from gpu_etl.load.dataset import open_dataset
-from gpu_etl.manifest import Manifest, describe_file
-from gpu_etl.schema import SPARSE
+from gpu_etl.manifest import FILE_NAME, Manifest, describe_file
+from gpu_etl.vocabulary import FILE_NAME as VOCABULARY
+from gpu_etl.vocabulary import Vocabulary
 
 
 def verify(folder: Path, progress=lambda rows: None) -> dict:
-    """Check a data set of any form against its manifest: sizes, checksums, labels and ids. Returns what was checked.
+    """Check a data set of any form against its manifest: that it lists all files, their sizes and checksums, the id
+    maps against the table sizes, labels and ids. Returns what was checked.
 
     `progress` is called with the number of rows checked since the last call. Raises DataError at the first mismatch.
     """
     folder = Path(folder)
     manifest = Manifest.read(folder)
-    if len(manifest.table_sizes) != SPARSE:
-        raise DataError(f"{folder}: expected {SPARSE} table sizes in the manifest, got {len(manifest.table_sizes)}")
+    form = manifest.settings.get("format")
+    if form not in FORMS:
+        raise DataError(f"{folder / FILE_NAME}: settings.format: expected one of {', '.join(FORMS)}, got {form!r}")
+    unlisted = [name for name in [*expected_files(form), VOCABULARY] if name not in manifest.files]
+    if unlisted:
+        raise DataError(
+            f"{folder / FILE_NAME}: expected an entry for each file, found none for {', '.join(unlisted)}; the "
+            "manifest was changed: encode the days again"
+        )
     for name, expected in manifest.files.items():
         path = folder / name
         if not path.is_file():
@@ -24,5 +34,11 @@ def verify(folder: Path, progress=lambda rows: None) -> dict:
         found = describe_file(path)
         if found != expected:
             raise DataError(f"{path}: expected {expected}, found {found}; the file was changed or damaged")
-    open_dataset(folder, "auto").check_ids(manifest.table_sizes, progress)
+    first_id = manifest.preset().first_id
+    Vocabulary.load(folder).check(first_id, manifest.table_sizes, folder / VOCABULARY)
+    dataset = open_dataset(folder, "auto")
+    lacking = [split for split, rows in manifest.rows.items() if rows and split not in dataset.splits]
+    if lacking:
+        raise DataError(f"{folder}: the manifest tells of rows of {', '.join(lacking)}, but there are no files of it")
+    dataset.check_ids(manifest.table_sizes, progress)
     return {"rows": manifest.rows, "files": len(manifest.files), "table_sizes": manifest.table_sizes}

@@ -1,5 +1,7 @@
 """Counts of category values -> ids: merging, thresholds, order, and the hash table that the encode pass reads."""
 
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import numpy as np
 from gpu_etl import rows
 from gpu_etl.errors import DataError
 from gpu_etl.jit import compiled
-from gpu_etl.schema import SPARSE, Preset
+from gpu_etl.schema import FIRST_SPARSE, SPARSE, Preset
 
 FILE_NAME = "vocabulary.npz"
 
@@ -85,6 +87,11 @@ class Vocabulary:
             _find(lookup.table, lookup.base[c], lookup.mask[c], column, found[-1][1:])
         return tuple(found)
 
+    def popular(self) -> np.ndarray:
+        """The id seen most often in each column, int64 [26]; the lowest of several, and 0 where a column has none."""
+        most = [int(np.argmax(counts)) if len(counts) else -self.first_id for counts in self.counts]
+        return np.array(most) + self.first_id
+
     def save(self, folder: Path) -> None:
         """Write the id maps as FILE_NAME, arrays C1..C26 (keys in id order) and C1_counts..C26_counts."""
         arrays = {"first_id": np.array(self.first_id)}
@@ -95,14 +102,28 @@ class Vocabulary:
 
     @staticmethod
     def load(folder: Path) -> "Vocabulary":
-        """Read what save wrote. Raises DataError where the file is missing."""
+        """Read what save wrote. Raises DataError where the file is missing or damaged."""
         path = Path(folder) / FILE_NAME
         if not path.is_file():
             raise DataError(f"{path}: no such file; `python -m gpu_etl encode` writes it beside the data set")
-        with np.load(path, allow_pickle=False) as arrays:
-            keys = tuple(arrays[f"C{c + 1}"] for c in range(SPARSE))
-            counts = tuple(arrays[f"C{c + 1}_counts"] for c in range(SPARSE))
-            return Vocabulary(int(arrays["first_id"]), keys, counts)
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                keys = tuple(arrays[f"C{c + 1}"] for c in range(SPARSE))
+                counts = tuple(arrays[f"C{c + 1}_counts"] for c in range(SPARSE))
+                return Vocabulary(int(arrays["first_id"]), keys, counts)
+        except (KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise DataError(f"{path}: not the id maps of a data set, or damaged ({error})") from error
+
+    def check(self, first_id: int, table_sizes: list[int], path: Path) -> None:
+        """Raise DataError where these are not the id maps of tables of such sizes, whose first id is first_id."""
+        if self.first_id != first_id or self.table_sizes != table_sizes:
+            raise DataError(
+                f"{path}: expected ids from {first_id} on for tables of {table_sizes} rows, got ids from "
+                f"{self.first_id} on for {self.table_sizes}; the id maps are another data set's: encode the days again"
+            )
+        for c, keys in enumerate(self.keys):
+            if keys.dtype != np.uint32 or len(np.unique(keys)) != len(keys):
+                raise DataError(f"{path}: C{c + 1}: expected distinct values uint32, got some twice, or {keys.dtype}")
 
 
 @compiled
@@ -119,6 +140,25 @@ def _find(table, base, mask, keys, ids):
         payload = rows.entry_payload(table[rows.find_slot(table, base, mask, np.int64(keys[i]))])
         if payload:
             ids[i] = payload - 1
+
+
+@compiled
+def _mark_unseen(values, missing, table, base, mask, missing_is_zero, index_range, unseen):
+    for row in range(len(values)):
+        for c in range(SPARSE):
+            if rows.is_missing(missing[row], FIRST_SPARSE + c) and not missing_is_zero:
+                continue
+            key = rows.category_key(np.int64(values[row, FIRST_SPARSE + c]), index_range)
+            unseen[row, c] = rows.entry_payload(table[np.uint64(rows.find_slot(table, base[c], mask[c], key))]) == 0
+
+
+def mark_unseen(values: np.ndarray, missing: np.ndarray, lookup: Lookup, preset: Preset) -> np.ndarray:
+    """Which category values (uint32 [n, 40], missing uint64 [n]) have no id, bool [n, 26]: never seen, or too rare."""
+    unseen = np.zeros((len(values), SPARSE), np.bool_)
+    _mark_unseen(
+        values, missing, lookup.table, lookup.base, lookup.mask, preset.missing_is_zero, preset.max_index_range, unseen
+    )
+    return unseen
 
 
 def build(counts: Counts, preset: Preset) -> tuple[Vocabulary, tuple[np.ndarray, ...]]:

@@ -274,6 +274,12 @@ def _add_mode_flags(group) -> None:
         "--output", type=Path, metavar="FILE", help="predict: scores.parquet; export: model.pt2 (torch.export) or .onnx"
     )
     group.add_argument(
+        "--unseen", choices=("rare", "popular", "error"), default="rare",
+        help="predict on a raw day: category values that the data set has no id for get the id of rare ones (with "
+        "preset mlperf, which has none, the first value's), or the most frequent id of their column, or are an error "
+        "(default: rare)",
+    )  # fmt: skip
+    group.add_argument(
         "--inference_benchmark_batch_sizes", type=_count(1), nargs="+", default=[1, 64, 4096], metavar="B",
         help="default: 1 64 4096",
     )  # fmt: skip

@@ -2,10 +2,12 @@
 
 import hashlib
 import os
+import shutil
 import signal
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from dask.distributed import LocalCluster
@@ -165,3 +167,78 @@ def test_what_cannot_be(four_days, tmp_path, monkeypatch):
         encode_days(four_days, tmp_path / "set", Settings(workers=2, fractions=(0.5, 0.3, 0.2)))
     with pytest.raises(DataError, match="no Dask scheduler answers there"):
         encode_days(four_days, tmp_path / "set", Settings(scheduler="tcp://127.0.0.1:9"))
+
+
+def test_a_set_is_published_before_the_cluster_ends(four_days, cluster, tmp_path, monkeypatch, capsys):
+    clients = []
+
+    def close(self, *_, **__):
+        clients.append(self)
+        raise TimeoutError("timed out after 30 s")
+
+    real = cluster_module.Client.close
+    monkeypatch.setattr(cluster_module.Client, "close", close)
+    settings = Settings(scheduler=cluster.scheduler_address)
+    encode_days(four_days, tmp_path / "set", settings)
+    verify(tmp_path / "set")
+    assert "Dask did not end in order (TimeoutError: timed out after 30 s)" in capsys.readouterr().err
+    monkeypatch.undo()
+    for client in clients:
+        real(client)
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("part_0/bucket_1", flip),
+        ("part_1/keys", flip),
+        ("part_3/rows_3", flip),
+        ("part_2/counts.npz", flip),
+        ("part_2/counts.npz", os.unlink),
+        ("part_0/journal.jsonl", flip),
+        ("parts.json", flip),
+        ("parts.json", os.unlink),
+        ("job.json", flip),
+    ],
+)
+def test_damaged_work_of_workers_is_made_anew(four_days, cluster, tmp_path, monkeypatch, name, change):
+    settings = Settings(scheduler=cluster.scheduler_address, slab_bytes=20_000)
+    encode_days(four_days, tmp_path / "whole", settings)
+
+    def late(*_):
+        raise TimeoutError
+
+    monkeypatch.setattr(cluster_module.Cluster, "encode", late)
+    with pytest.raises(DataError, match="not a fault of the disk"):
+        encode_days(four_days, tmp_path / "set", settings)
+    monkeypatch.undo()
+    monkeypatch.setattr(cpu, "BUCKET_BYTES", 20_000)
+    change(tmp_path / "set" / ".work" / name)
+    encode_days(four_days, tmp_path / "set", settings)
+    assert digests(tmp_path / "set") == digests(tmp_path / "whole")
+
+
+def test_a_day_that_changed_between_two_runs_of_a_cluster(four_days, cluster, tmp_path, monkeypatch, capsys):
+    days = [shutil.copy(path, tmp_path) for path in four_days]
+    settings = Settings(scheduler=cluster.scheduler_address)
+
+    def late(*_):
+        raise TimeoutError
+
+    monkeypatch.setattr(cluster_module.Cluster, "encode", late)
+    with pytest.raises(DataError, match="not a fault of the disk"):
+        encode_days(days, tmp_path / "set", settings)
+    monkeypatch.undo()
+    monkeypatch.setattr(cpu, "BUCKET_BYTES", 20_000)
+    text = Path(days[1]).read_bytes()
+    Path(days[1]).write_bytes(text.replace(b"\n0\t", b"\n1\t", 1))
+    encode_days(days, tmp_path / "set", settings)
+    assert "day_1: not proven to be the bytes that the unfinished run" in capsys.readouterr().err
+    encode_days(days, tmp_path / "new", settings)
+    assert digests(tmp_path / "set") == digests(tmp_path / "new")

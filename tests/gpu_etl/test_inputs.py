@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from gpu_etl import cpu, rows
+from gpu_etl import columns, cpu, rows
 from gpu_etl.errors import DataError
 from gpu_etl.extract import open_sources, read_day
-from gpu_etl.inputs import expand
+from gpu_etl.inputs import expand, list_days
 from gpu_etl.memory import Reused
 from gpu_etl.parquet import ParquetSlab
 from tests import reference
@@ -41,19 +41,19 @@ def names(paths):
 def test_a_folder_stands_for_its_days_in_natural_order(tmp_path):
     days = ["day_0", "day_1.gz", "day_2.zst", "day_3.tsv", "day_10.txt", "day_11.parquet", "day_12.tsv.gz"]
     touch(tmp_path, *days, "day_0.probability.npy", "truth.json", ".day_4", "train.txt")
-    (tmp_path / "day_5").mkdir()
+    (tmp_path / "other").mkdir()
     assert expand([tmp_path]) == expand([str(tmp_path)]) == [tmp_path / day for day in days]
 
 
 def test_a_folder_without_day_names_stands_for_all_files_with_the_endings(tmp_path):
-    touch(tmp_path, "part-10.parquet", "part-9.parquet", "train", "day_0.probability.npy", "README.md")
+    touch(tmp_path, "piece-10.parquet", "piece-9.parquet", "train", "README.md")
     touch(tmp_path, "_SUCCESS", ".crc")
-    assert names(expand([tmp_path])) == ["part-9.parquet", "part-10.parquet", "train"]
+    assert names(expand([tmp_path])) == ["piece-9.parquet", "piece-10.parquet", "train"]
 
 
 def test_patterns_are_sorted_naturally_and_words_keep_their_order(tmp_path):
     touch(tmp_path, *(f"day_{day}.gz" for day in (10, 9, 2, 1)), "last")
-    (tmp_path / "day_3.gz").mkdir()
+    (tmp_path / "day_x.gz").mkdir()
     pattern = str(tmp_path / "day_*.gz")
     expected = ["last", "day_1.gz", "day_2.gz", "day_9.gz", "day_10.gz"]
     assert names(expand([tmp_path / "last", pattern])) == expected
@@ -386,3 +386,114 @@ def test_parquet_of_another_number_of_rows_than_its_footer_says(tmp_path):
         except DataError as error:
             footer += "rows by its footer" in str(error)
     assert footer
+
+
+def link(folder, name):
+    (folder / name).symlink_to(folder.parent / "not_mounted" / name)
+
+
+def part_files(folder, name):
+    touch(folder / name, "part-00000", "part-00001")
+
+
+def subfolder(folder, name):
+    (folder / name).mkdir()
+
+
+@pytest.mark.parametrize(("name", "make", "words"), [
+    ("day_2", link, r"day_2: it looks like a day, but the link leads nowhere \(.*not_mounted/day_2\)"),
+    ("day_2.csv", touch, r"day_2\.csv: it looks like a day, but is not called like one"),
+    ("Day_2", touch, r"Day_2: it looks like a day, but is not called like one"),
+    ("day_2.bz2", touch, r"day_2\.bz2: it looks like a day, but is not called like one"),
+    ("day2", touch, r"day2: it looks like a day, but is not called like one"),
+    ("day-2", touch, r"day-2: it looks like a day, but is not called like one"),
+    ("day_2", subfolder, r"day_2: it looks like a day, but is a folder"),
+    ("day_2", part_files, r"day_2: expected day files, found part-\* files, .* join them .*cat .*day_2/part-\* >"),
+])  # fmt: skip
+def test_a_day_that_would_be_left_out_is_an_error(tmp_path, name, make, words):
+    days = touch(tmp_path / "mix", "day_0", "day_1")
+    make(days, name)
+    with pytest.raises(DataError, match=words):
+        expand([days])
+    if name.startswith("day_2") and make is not touch:
+        with pytest.raises(DataError, match=words):
+            expand([days / "day_*"])
+
+
+def test_what_else_is_left_out_is_said(tmp_path, capsys):
+    touch(tmp_path, "day_0.gz", "day_1", "day_4", "day_1.npy", "train.txt")
+    assert names(expand([tmp_path])) == ["day_0.gz", "day_1", "day_4"]
+    said = capsys.readouterr().err
+    assert "left out: day_1.npy, train.txt" in said and "there is none of number 2, 3" in said
+
+
+def test_a_pattern_that_holds_a_day_twice(tmp_path):
+    touch(tmp_path, "day_0", "day_0.gz", "day_1")
+    with pytest.raises(DataError, match=r"day_\*: expected each day once, found both day_0 and day_0\.gz"):
+        expand([tmp_path / "day_*"])
+
+
+def test_part_files_are_pieces_of_a_day(tmp_path):
+    touch(tmp_path / "day_0", "part-00000.gz", "part-00001.gz", "_SUCCESS")
+    with pytest.raises(DataError, match=r"pieces of one day; join them .* as a pattern: '.*/day_0/part-\*'"):
+        expand([tmp_path / "day_0"])
+    assert names(expand([tmp_path / "day_0" / "part-*"])) == ["part-00000.gz", "part-00001.gz"]
+
+
+def test_the_list_of_days_is_short_and_has_both_ends(tmp_path):
+    days = [tmp_path / f"day_{day}" for day in range(200)]
+    said = list_days(days)
+    assert said.startswith(f"200 days, first {days[0]}, last {days[-1]}: day_0, day_1,") and "170 more" in said
+    assert len(said) < 700 and list_days(days[:1]) == f"one file: {days[0]}"
+
+
+NAMES = ["label", *(f"I{i}" for i in DENSE), *(f"C{i - 13}" for i in SPARSE)]
+
+
+def named(folder, names, arrays):
+    path = folder / "day"
+    pq.write_table(pa.table(arrays, names), path, row_group_size=70)
+    return path
+
+
+@pytest.mark.parametrize("spell", [str, str.lower, str.upper])
+def test_named_columns_may_lie_in_any_order(tmp_path, spell):
+    order = sorted(range(40), key=lambda c: NAMES[c])  # C1, C10, C11, ...
+    table = table_of(LINES)
+    path = named(tmp_path, [spell(NAMES[c]) for c in order], [table[c] for c in order])
+    for skip in (0, 100):
+        found, codes, _ = parsed(path, 256 * 33, skip)
+        assert found == ROWS[skip:] and not any(codes)
+
+
+@pytest.mark.parametrize("scheme", columns.SCHEMES[1:], ids=lambda scheme: scheme[1])
+def test_names_of_other_tools_in_any_order(tmp_path, scheme):
+    order = sorted(range(40), key=lambda c: scheme[c])
+    table = table_of(LINES)
+    assert parsed(named(tmp_path, [scheme[c] for c in order], [table[c] for c in order]))[0] == ROWS
+
+
+def test_columns_beside_the_named_ones_are_left_out_and_that_is_said(tmp_path, capsys):
+    columns._say.cache_clear()
+    index = pa.array([[i] for i in range(len(LINES))])
+    path = named(tmp_path, ["__index_level_0__", *reversed(NAMES)], [index, *reversed(table_of(LINES))])
+    assert parsed(path)[0] == ROWS == parsed(path)[0]
+    assert capsys.readouterr().err.count("columns left out, as their names are none of label, I1 ... C26: __index") == 1
+
+
+def test_columns_told_by_place_are_said(tmp_path, capsys):
+    columns._say.cache_clear()
+    assert parsed(write_parquet(tmp_path / "day", table_of(LINES)))[0] == ROWS
+    assert "columns told by their place, as their names say nothing: column 0, column 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("names", "words"), [
+    (["label", "I1", "I10", *(f"x{i}" for i in range(37))], r"column 3 is called 'I10', but at this place I2 is"),
+    (NAMES[1:], r"expected 40 columns .*, got 39: I1, I2"),
+    (["label", *NAMES[:39]], r"column 2 is called 'label', but at this place I1"),
+    ([*NAMES, "LABEL"], r"expected each column once, found more than one called label"),
+])  # fmt: skip
+def test_names_that_contradict(tmp_path, names, words):
+    arrays = (table_of(LINES) * 2)[: len(names)]
+    with pytest.raises(DataError, match=words):
+        parsed(named(tmp_path, names, arrays))

@@ -1,6 +1,7 @@
 """Whole encodes, held against the reference preprocessing's golden files and tests/reference.py."""
 
 import hashlib
+import json
 import os
 import subprocess
 import sys
@@ -206,6 +207,21 @@ def forge_an_id(folder):
     replace(found, files=found.files | {path.name: manifest.describe_file(path)}).write(folder)
 
 
+def change_manifest(folder, **fields):
+    path = folder / manifest.FILE_NAME
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def forge_id_maps(folder, **arrays):
+    """Write other id maps, and tell the manifest; None: as many values, all of them one."""
+    path = folder / "vocabulary.npz"
+    with np.load(path) as found:
+        changed = {name: np.zeros_like(found[name]) if array is None else array for name, array in arrays.items()}
+        np.savez(path, **dict(found) | changed)
+    files = manifest.Manifest.read(folder).files
+    change_manifest(folder, files=files | {path.name: manifest.describe_file(path)})
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -214,6 +230,15 @@ def forge_an_id(folder):
         (lambda folder: (folder / "terabyte_processed_val.bin").unlink(), "no such file"),
         (forge_an_id, r"row 4, column C7: expected 0 to \d+, got 1000000"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "not a manifest"),
+        (lambda folder: change_manifest(folder, files={}), "found none for terabyte_processed_train.bin, .*vocabulary"),
+        (lambda folder: change_manifest(folder, table_sizes=[1] * 25), "manifest.json: table_sizes: .*26 items"),
+        (lambda folder: change_manifest(folder, table_size=[1]), "table_size: no such key; did you mean table_sizes"),
+        (lambda folder: change_manifest(folder, rows={"train": 801.0, "test": 126, "val": 125}), "rows.train: "),
+        (lambda folder: change_manifest(folder, settings={"format": "records"}), "not the rules of a preset"),
+        (lambda folder: change_manifest(folder, settings={}), "settings.format: expected one of records"),
+        (lambda folder: forge_id_maps(folder, first_id=np.array(10**6)), "id maps are another data set's"),
+        (lambda folder: forge_id_maps(folder, C1=np.zeros(3, np.uint32)), "id maps are another data set's"),
+        (lambda folder: forge_id_maps(folder, C7=None), "C7: expected distinct values"),
         (lambda folder: (folder / "manifest.json").unlink(), "no such file"),
     ],
 )

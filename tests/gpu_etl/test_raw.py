@@ -1,0 +1,92 @@
+"""Raw days in the ids of a data set: values that it has no id for, rows without labels."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from gpu_etl.errors import DataError
+from gpu_etl.load.raw import RawDay
+from gpu_etl.pipeline import Settings, encode_days
+from gpu_etl.schema import COLUMN_NAMES, choose_preset
+from tests.gpu_etl.test_inputs import LINES, table_of
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", params=["mlperf", "count"])
+def data_set(request, day_files, tmp_path_factory):
+    out = tmp_path_factory.mktemp("raw") / request.param
+    encode_days(day_files, out, Settings(preset=choose_preset(request.param)))
+    return out
+
+
+@pytest.fixture
+def new_day(day_files, tmp_path):
+    """The last day, the first three rows of it with values that no day has in C2, the second also in C26."""
+    lines = [line.split("\t") for line in day_files[2].read_text().splitlines()]
+    for row in range(3):
+        lines[row][15] = f"dead000{row}"
+    lines[1][39] = "deadbeef"
+    (tmp_path / "new").write_text("".join("\t".join(line) + "\n" for line in lines))
+    return tmp_path / "new"
+
+
+def sparse(day):
+    return np.concatenate([batch.sparse.numpy() for batch in day.batches(CPU)])
+
+
+def test_values_without_an_id_are_counted_and_get_what_the_rule_says(data_set, new_day, day_files):
+    before, rare = RawDay(data_set, day_files[2]), RawDay(data_set, new_day)
+    as_it_was, found = sparse(before), sparse(rare)
+    known, with_new = before.unseen_report(), rare.unseen_report()
+    assert (found[:3, 1] == 0).all() and found[1, 25] == 0
+    assert (found[3:] == as_it_was[3:]).all()
+    mlperf = data_set.name == "mlperf"
+    assert known == {} or not mlperf  # it keeps every value; by "count", rare ones have no id either
+    if mlperf:
+        assert with_new == {"C2": 3, "C26": 1}
+        assert rare.unseen_words() == (
+            f"4 of {26 * 251:,} category values have no id in the data set: they became id 0, which is an ordinary "
+            "value's in this data set (see --unseen)"
+        )
+        assert before.unseen_words() == "all category values have ids in the data set's vocabulary"
+    else:
+        assert rare.unseen_words().endswith("they became id 0")
+    popular = sparse(RawDay(data_set, new_day, "popular"))
+    with np.load(data_set / "vocabulary.npz") as arrays:
+        most = int(arrays["first_id"]) + np.array([np.argmax(arrays[f"C{c}_counts"]) for c in range(1, 27)])
+    assert (popular[:3, 1] == most[1]).all() and popular[1, 25] == most[25]
+    changed = popular != found
+    assert changed.sum() <= rare.unseen_values.sum() and (popular[changed] == np.tile(most, (251, 1))[changed]).all()
+    if mlperf:
+        with pytest.raises(DataError, match=r"new: row 1: column C2: the value dead0000 has no id .*--unseen rare"):
+            sparse(RawDay(data_set, new_day, "error"))
+        assert (sparse(RawDay(data_set, day_files[2], "error")) == as_it_was).all()
+    with pytest.raises(DataError, match="--unseen: expected one of rare, popular, error, got 'any'"):
+        RawDay(data_set, new_day, "any")
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_parquet_without_labels(data_set, tmp_path, named):
+    text = tmp_path / "text"
+    text.write_text("".join("\t".join(line[1:]) + "\n" for line in LINES))
+    order = sorted(range(1, 40), key=lambda c: COLUMN_NAMES[c]) if named else range(1, 40)
+    names = [COLUMN_NAMES[c] if named else f"x{c}" for c in order]
+    pq.write_table(pa.table([table_of(LINES)[c] for c in order], names), tmp_path / "day.parquet")
+    days = [RawDay(data_set, tmp_path / name) for name in ("text", "day.parquet")]
+    assert not any(day.labelled for day in days)
+    for a, b in zip(*(list(day.batches(CPU)) for day in days), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_a_raw_day_that_is_cut_while_it_is_read(data_set, day_files, tmp_path):
+    path = tmp_path / "day"
+    text = day_files[0].read_bytes() * 60
+    path.write_bytes(text)
+    batches = RawDay(data_set, path).batches(CPU)
+    next(batches)
+    path.write_bytes(text[: text.index(b"\n", len(text) - 2000) + 1])
+    with pytest.raises(DataError, match=r"day: expected .* bytes, as when it was opened, found an end behind"):
+        list(batches)
