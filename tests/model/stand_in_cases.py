@@ -237,15 +237,16 @@ def sharding() -> None:
 
 
 def train_py() -> None:
-    """The whole command with graphs: encoded days in, training in float16 with tests and checkpoints, and on from one of
-    these in the midst of an epoch."""
+    """The whole command with graphs: encoded days in, training in float16 with tests and checkpoints, and on from one
+    of these in the midst of an epoch."""
     with tempfile.TemporaryDirectory() as folder:
         days, out = [Path(folder) / f"day_{day}" for day in range(3)], Path(folder) / "out"
         for day, path in enumerate(days):
             path.write_bytes(write_rows(seed=day, rows=(150, 60, 60)[day]))
         encode_days(days, Path(folder) / "set", Settings())
-        words = ["--dataset", f"{folder}/set", "--output_dir", str(out), "@criteo_kaggle", "--cuda_graphs", "--device",
-                 "cuda", "--batch_size", "32", "--test_batch_size", "64", "--test_freq", "6", "--lr", "0.001"]  # fmt: skip
+        words = ["--dataset", f"{folder}/set", "--output_dir", str(out), "@criteo_kaggle", "--cuda_graphs",
+                 "--device", "cuda", "--batch_size", "32",
+                 "--test_batch_size", "64", "--test_freq", "6", "--lr", "0.001"]  # fmt: skip
         runs = (["--epochs", "3", "--save_freq", "5"], 21), (["--epochs", "4", "--ckpt", str(out)], 28)
         for more, steps in runs:
             said = io.StringIO()
