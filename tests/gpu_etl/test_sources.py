@@ -7,7 +7,7 @@ import pytest
 import zstandard
 from isal import igzip
 
-from gpu_etl import cpu, encoding, extract, pipeline, shuffle, sources, text
+from gpu_etl import cpu, encoding, extract, pipeline, sources, text
 from gpu_etl.errors import DataError
 from gpu_etl.pipeline import Settings, encode_days
 from tests import reference

@@ -11,6 +11,7 @@ from gpu_etl import backend, cpu, journal
 from gpu_etl.__main__ import main
 from gpu_etl.cluster_tasks import count_part
 from gpu_etl.errors import notes
+from gpu_etl.extract import open_sources
 from gpu_etl.memory import Reused
 from gpu_etl.parts import Part
 from gpu_etl.pipeline import Settings, encode_days
@@ -57,8 +58,8 @@ def test_every_thread_that_touches_the_device_has_entered_it(device, day_files, 
 
 
 def test_tasks_of_any_thread_enter_the_device(device, day_files, tmp_path):
-    days = [(path, path.stat().st_size) for path in day_files]
-    part, failed = Part(0, 0, 0, days[0][1]), []
+    days = open_sources(day_files)
+    part, failed = Part(0, 0, 0, days[0].size), []
 
     def task():
         try:
