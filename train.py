@@ -28,6 +28,7 @@ from gpu_etl.load.dataset import DataSet, open_dataset
 from gpu_etl.load.raw import RawDay
 from gpu_etl.load.resident import ResidentLoader
 from gpu_etl.load.scores import ScoreWriter
+from gpu_etl.packages import explain as explain_missing
 from gpu_etl.schema import split_file
 from model import checkpoint, flags, inference, options
 from model.config import ConfigError, ModelConfig, read_config
@@ -288,7 +289,7 @@ class StoppedError(Exception):
 
 
 # What a user's data, settings, machine or signals may cause: a line of words, not a traceback.
-EXPECTED = (DataError, ConfigError, OSError, StoppedError, KeyboardInterrupt)
+EXPECTED = (DataError, ConfigError, OSError, ModuleNotFoundError, StoppedError, KeyboardInterrupt)
 
 
 def explain(error: BaseException) -> tuple[int, str]:
@@ -299,6 +300,8 @@ def explain(error: BaseException) -> tuple[int, str]:
         return 130, "interrupted"
     if isinstance(error, OSError):
         return 1, f"error: {error.filename or ''}: {error.strerror or error}"
+    if isinstance(error, ModuleNotFoundError):
+        return 1, f"error: {explain_missing(error)}"
     return 1, f"error: {error}"
 
 

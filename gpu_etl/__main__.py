@@ -15,7 +15,7 @@ import os
 import sys
 import time
 
-from gpu_etl import flags
+from gpu_etl import flags, packages
 from gpu_etl.errors import DataError
 
 
@@ -71,6 +71,8 @@ def inspect(args: argparse.Namespace) -> dict:
     """Run the inspect command; returns its results."""
     from tqdm import tqdm
 
+    if args.png:
+        packages.require("matplotlib", "--png")
     from gpu_etl.inspect import inspect as look
     from gpu_etl.inspect_show import plot, table
 
@@ -95,6 +97,9 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except OSError as error:
         print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        print(f"error: {packages.explain(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted; an encode goes on where it was when given the same command again", file=sys.stderr)

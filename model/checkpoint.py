@@ -21,17 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from isal import isal_zlib
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from model.checksum import crc32
 from model.config import ConfigError, ModelConfig
 from model.dlrm import DLRM
 from model.table_files import Stored, name_of, on_every_rank, parts_of
 
 MLPS, STATE = "mlps.safetensors", "state.json"
 VERSION = 2
-BLOCK = 1 << 20
 STEP_FOLDER = re.compile(r"step_(\d+)")
 
 
@@ -59,16 +58,8 @@ def _files(trainer, rank: int, world: int) -> dict[str, dict[str, torch.Tensor]]
     return {MLPS: _mlp_tensors(model), **files}
 
 
-def _crc32(path: Path) -> str:
-    crc32 = 0
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            crc32 = isal_zlib.crc32(block, crc32)
-    return f"{crc32:08x}"
-
-
 def _describe(path: Path) -> dict:
-    return {"bytes": path.stat().st_size, "crc32": _crc32(path)}
+    return {"bytes": path.stat().st_size, "crc32": crc32(path)}
 
 
 @dataclass(frozen=True)

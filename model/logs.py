@@ -1,10 +1,12 @@
 """What a training run leaves to read: JSON lines, TensorBoard events, MLPerf's log, a plot."""
 
+import importlib.util
 import json
 import time
 from dataclasses import asdict
 from pathlib import Path
 
+from model.config import ConfigError
 from model.metrics import Metrics
 from model.mlperf_log import MLPerfLog
 
@@ -19,6 +21,9 @@ class RunLog:
         self._folder, self._mlperf = folder, mlperf
         self._lines = self._board = None
         if folder is not None:
+            for package in ("tensorboard", "matplotlib"):  # before the training, not after it
+                if importlib.util.find_spec(package) is None:
+                    raise ConfigError(f"--log_dir: the package {package} is missing: pip install {package}")
             from torch.utils.tensorboard import SummaryWriter  # half a second that other runs need not wait for
 
             folder.mkdir(parents=True, exist_ok=True)

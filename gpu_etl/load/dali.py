@@ -11,25 +11,35 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 import torch
-from nvidia.dali import fn, pipeline_def, types
 
 from gpu_etl.load.batch import Batch
 from gpu_etl.load.loader import BlockReader, Loader, Slot, Unpacking, unpacked
 from gpu_etl.load.order import Unit
+from gpu_etl.packages import require
 
 THREADS = 2
 
 
-@pipeline_def
-def _pass_on(blocks: Iterator, to_gpu: bool):
-    block = fn.external_source(source=blocks, batch=True, no_copy=True, dtype=types.INT32, ndim=2)
-    return block.gpu() if to_gpu else block
+def _pipeline(blocks: Iterator, to_gpu: bool, **settings):
+    """A pipeline that hands blocks on; settings: DALI's own, of any pipeline."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def(batch_size=1, num_threads=THREADS, **settings)
+    def pass_on():
+        block = fn.external_source(source=blocks, batch=True, no_copy=True, dtype=types.INT32, ndim=2)
+        return block.gpu() if to_gpu else block
+
+    return pass_on()
 
 
 class DaliLoader(Loader):
-    """Same interface and batches as CpuLoader."""
+    """Same interface and batches as CpuLoader. Raises DataError where DALI is not installed."""
 
     name = "DALI"
+
+    def __init__(self, *settings, **more):
+        require("nvidia.dali", "--loader dali", "--loader cpu, which gives the same batches")
+        super().__init__(*settings, **more)
 
     def __str__(self) -> str:
         return super().__str__() + ("" if self._stream else ", by DALI's CPU pipeline")
@@ -38,10 +48,10 @@ class DaliLoader(Loader):
         # The pipeline holds self.ahead blocks; the one it gave out last may still be copied when the next is filled.
         with self._slots(self.ahead + 1) as slots:
             free, fed = deque(slots), deque()
-            pipeline = _pass_on(
-                self._filled(self.order.units(epoch, start), free, fed), self._stream is not None, batch_size=1,
-                num_threads=THREADS, device_id=self.device.index, prefetch_queue_depth=self.ahead,
-            )  # fmt: skip
+            units = self._filled(self.order.units(epoch, start), free, fed)
+            pipeline = _pipeline(
+                units, self._stream is not None, device_id=self.device.index, prefetch_queue_depth=self.ahead
+            )
             make, ended = self._on_gpu if self._stream else self._on_cpu(), False
             try:
                 while True:

@@ -8,6 +8,8 @@ import time
 from dataclasses import replace
 
 import pytest
+
+pytest.importorskip("dask.distributed")
 from dask.distributed import LocalCluster
 
 from gpu_etl import cluster as cluster_module
