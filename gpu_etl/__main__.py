@@ -4,9 +4,10 @@
     python -m gpu_etl encode data/days/day_0.gz data/days/day_1.gz data/days/day_2.gz --out data/set
     python -m gpu_etl verify data/set
     python -m gpu_etl inspect data/set --png data/set.png
+    python -m gpu_etl doctor
 
 Words and progress go to stderr; the last line of stdout is one JSON object. Exit status: 0, 1 after
-an error, 130 after Ctrl-C.
+an error or a check of doctor that fails, 130 after Ctrl-C.
 """
 
 import argparse
@@ -84,7 +85,14 @@ def inspect(args: argparse.Namespace) -> dict:
     return {"set": str(args.set), **found}
 
 
-COMMANDS = {"encode": encode, "synth": synth, "verify": verify, "inspect": inspect}
+def doctor(args: argparse.Namespace) -> dict:
+    """Run the doctor command; returns its results."""
+    from gpu_etl.doctor.doctor import main as examine
+
+    return examine(args)
+
+
+COMMANDS = {"encode": encode, "synth": synth, "verify": verify, "inspect": inspect, "doctor": doctor}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -105,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted; an encode goes on where it was when given the same command again", file=sys.stderr)
         return 130
     print(json.dumps({"command": args.command, **result}))
-    return 0
+    return 1 if result.get("failed") else 0
 
 
 if __name__ == "__main__":
