@@ -194,10 +194,11 @@ CHECKS: dict[str, Callable[[Sides], None]] = {
 
 
 def usable(kernels: ModuleType) -> None:
-    """Use the device at all: a tiny slab."""
+    """Use the device at all: a tiny slab, a tiny sort."""
     text = np.frombuffer(texts(20)["ragged"], np.uint8)
     values, _, faults = kernels.parse(text, kernels.find_rows(text), Reused())
     assert len(faults) == 20 and not faults.any() and len(kernels.labels(values)) == 20
+    assert sorted(on_host(kernels.shuffled(np.arange(20), 0)).tolist()) == list(range(20))
 
 
 def main(argv: list[str] | None = None) -> int:

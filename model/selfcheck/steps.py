@@ -64,15 +64,16 @@ def _same(tried: Trainer, truth: Trainer, what: str, tolerance: float) -> None:
     rows = BATCH[tried.device.type]
     losses, expected = _train(tried, rows), _train(truth, rows)
     assert min(expected[1:]) < expected[0], f"{what}: nothing was learnt: losses {expected}"
-    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=min(tolerance, 1e-3), atol=0)
-    for name, found, right in _weights(tried, truth):
+    pairs = [("losses", torch.tensor(losses), torch.tensor(expected), 1e-3), *_weights(tried, truth, tolerance)]
+    for name, found, right, allowed in pairs:
         say = partial("{}, {}: {}".format, what, name)
-        torch.testing.assert_close(found.cpu(), right.cpu(), rtol=tolerance, atol=tolerance / 10, msg=say)
+        torch.testing.assert_close(found.cpu(), right.cpu(), rtol=allowed, atol=allowed / 10, msg=say)
 
 
-def _weights(tried: Trainer, truth: Trainer):
+def _weights(tried: Trainer, truth: Trainer, tolerance: float) -> list[tuple[str, torch.Tensor, torch.Tensor, float]]:
+    """(name, weights of one, weights of the other, tolerance) of all layers and tables."""
     mine, theirs = tried.model.state_dict(), truth.model.state_dict()
-    return [(name, mine[name].float(), theirs[name].float()) for name in theirs]
+    return [(name, mine[name].float(), theirs[name].float(), tolerance) for name in theirs]
 
 
 def steps(device: torch.device) -> None:
