@@ -154,6 +154,17 @@ def test_benchmarks_leave_out_the_peers_that_are_missing(tmp_path):
     assert "error: --plot: the package matplotlib is missing" in said
 
 
+def test_doctor_says_what_installs_the_rest(tmp_path):
+    words = ["--only", "machine", "--only", "cpu.checksum", "--only", "cpu.loaders", "--out", tmp_path]
+    out, said = run("gpu_etl", "doctor", *words)
+    result = json.loads(out.splitlines()[-1])
+    assert {one["name"]: one["result"] for one in result["checks"]} == {"cpu.checksum": "PASS", "cpu.loaders": "SKIP"}
+    for name in ("isal", "zstandard", "distributed", "DALI", "CuPy", "KvikIO"):
+        assert name in LACKING or name in ("DALI", "CuPy", "KvikIO")
+        (line,) = [line for line in said.splitlines() if line.startswith(f"{name} ")]
+        assert "missing" in line and "pip install" in line or name == "CuPy"
+
+
 def test_tests_for_a_gpu_are_collected():
     out, _ = run("pytest", "-m", "gpu", "--collect-only", "-p", "no:hypothesispytest", "-n", "0")
     cases = [line for line in out.splitlines() if "::" in line]
