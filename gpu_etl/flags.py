@@ -59,7 +59,7 @@ def _add_doctor_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--only", action="append", default=[], metavar="NAME", help="this check, or group: machine, cuda, cpu, train")
     add("--list", action="store_true", help="name the checks, and do nothing")
-    add("--timeout", type=float, default=100.0, metavar="S", help="seconds a check may take (default: 100)")
+    add("--timeout", type=float, default=120.0, metavar="S", help="seconds a check may take (default: 120)")
     add("--out", type=Path, default=Path("."), metavar="DIR", help="folder whose disk is measured (default: this one)")
 
 

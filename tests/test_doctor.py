@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ from gpu_etl import cpu
 from gpu_etl.doctor import checks, doctor, machine, processes, slab, slow, whole
 from gpu_etl.doctor.checks import Check
 from model.selfcheck import steps
-from tests.conftest import ROOT
+from tests.conftest import ROOT, needs
 
 SIMULATE = """
 import sys, warnings
@@ -105,6 +107,21 @@ time.sleep(600)
     assert found.result == "FAIL" and "did not end within 3 s" in found.words
     state = Path(f"/proc/{mark.read_text()}/stat")
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+@needs("triton")
+def test_ctrl_c_stops_what_runs(tmp_path):
+    """Checks run in sessions of their own, which a terminal's Ctrl-C does not reach."""
+    line = [sys.executable, "-m", "gpu_etl", "doctor", "--only", "train.interpreted"]
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(line, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        while not any(tmp_path.iterdir()):  # a folder for the checks: they start now
+            time.sleep(0.1)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=30)[1]
+    assert process.returncode == 130 and "interrupted" in said
+    assert not any(tmp_path.iterdir())
 
 
 def test_others_go_on_when_one_fails(capfd):

@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from gpu_etl.doctor import machine
 from gpu_etl.doctor.checks import CHECKS, MACHINE, Check, chosen
 from gpu_etl.doctor.child import SKIPPED
-from gpu_etl.doctor.processes import Ended, run
+from gpu_etl.doctor.processes import Ended, run, stop_all
 from gpu_etl.errors import DataError
 
 PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
-MOST_AT_ONCE = 4  # processes, each of which compiles on a core or two
+MOST_AT_ONCE = 6  # processes, each of which compiles on a core or two
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,9 @@ def run_all(checks: list[Check], has_gpu: bool, seconds: float, at_once: int, sc
                 for future in as_completed(running):
                     check = running[future]
                     done[check.name] = _say(judge(check, future.result()))
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
+            except BaseException:  # Ctrl-C: nothing that was started outlives this process
+                pool.shutdown(wait=False, cancel_futures=True)
+                stop_all()
                 raise
     return [done[check.name] for check in checks]
 

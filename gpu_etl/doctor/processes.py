@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
+_running: set[subprocess.Popen] = set()
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,12 @@ class Ended:
         return lines[-1][:300] if lines else ""
 
 
+def stop_all() -> None:
+    """Stop all that run() has started and waits for in other threads, with what they started."""
+    for process in list(_running):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def run(words: list[str], seconds: float, **environment: str) -> Ended:
     """Run `python WORDS...` in the project's root; what it started is stopped with it when the time is up."""
     start = time.perf_counter()
@@ -42,6 +49,7 @@ def run(words: list[str], seconds: float, **environment: str) -> Ended:
         errors="replace", stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         start_new_session=True,
     )  # fmt: skip
+    _running.add(process)
     try:
         stdout, stderr = process.communicate(timeout=seconds)
         status = process.returncode
@@ -49,8 +57,6 @@ def run(words: list[str], seconds: float, **environment: str) -> Ended:
         os.killpg(process.pid, signal.SIGKILL)
         stdout, stderr = process.communicate()
         status = None
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-        raise
+    finally:
+        _running.discard(process)
     return Ended(status, stdout, stderr, time.perf_counter() - start)
