@@ -1,11 +1,13 @@
 """The encoder's GPU kernels, compiled without a GPU: registers, spills, shared memory by ptxas, and bytes moved."""
 
 import argparse
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,22 +23,22 @@ SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) b
 ROW_BYTES = {
     "_count_newlines": TEXT_ROW, "_write_newlines": TEXT_ROW + 8, "_parse": TEXT_ROW + 8 + 160 + 8 + 4,
     "_keep": 2 * 168, "_summarize": 8 + 14 * 4, "_integers": 2 * 4 * 13 + 8 * 13,
-    "_insert": 26 * (4 + 8 + 8), "_number": 0, "_collect": 0, "_code": 26 * (2 * 4 + 8 + 8), "_count_buckets": 8,
-    "_take_places": 16, "_scatter": 160 + 8 + 168, "_keys": 16, "_finish": 160 + 8 + 8 + 26 * 4 + 160,
-    "_recount": 26 * (4 + 16) + 8, "_enter": 0,
+    "_insert": 26 * (4 + 8 + 8), "_number": 0, "_advance": 0, "_code": 26 * (2 * 4 + 8 + 8), "_count_buckets": 4,
+    "_take_places": 8, "_to_rows": 160 + 4 + 168, "_keys": 16, "_finish": 160 + 8 + 8 + 26 * 4 + 160,
+    "_recount": 26 * (4 + 16) + 8, "_move": 0, "_clear": 0, "_enter": 0, "_begin": 0, "scan": 0, "zero": 0,
     "_parse_strings": 8 + 4 + 4 + 8, "_parse_integers": 4 + 4, "_parse_floats": 8 + 4,  # and of one column
-    "_checksums": TEXT_ROW,
+    "_blank": 12, "_checksums": TEXT_ROW, "_find_end": 0, "_probe": 0,
 }  # fmt: skip
 
 # The same where a look-up or an atomic outside the caches moves a whole sector of 32 bytes.
 SECTOR_BYTES = ROW_BYTES | {
-    "_insert": 26 * (4 + 32 + 8), "_code": 26 * (2 * 4 + 3 * 32), "_scatter": 160 + 8 + 192,
+    "_insert": 26 * (4 + 32 + 8), "_code": 26 * (2 * 4 + 3 * 32), "_to_rows": 160 + 4 + 192,
     "_finish": 192 + 16 + 26 * 32 + 160,
 }  # fmt: skip
 # What the predictions rest on: an H200's memory, the share of it that kernels of this kind reach, PCIe 5 x16 each way.
 MEMORY, SHARE, BUS = 4.8e12, 0.6, 55e9
 COUNT_PASS = ("_count_newlines", "_write_newlines", "_parse", "_summarize", "_integers", "_insert", "_code",
-              "_count_buckets", "_take_places", "_scatter")  # fmt: skip
+              "_count_buckets", "_take_places", "_to_rows")  # fmt: skip
 ENCODE_PASS = ("_keys", "_finish")
 
 
@@ -61,54 +63,56 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def pretend(capability: tuple[int, int]) -> None:
-    """Let Numba compile for a GPU that is not there."""
+    """Let Numba compile and link for a GPU that is not there."""
     from numba.cuda import api, compiler, dispatcher
+    from numba.cuda.cudadrv import devices
 
+    device = SimpleNamespace(compute_capability=capability, id=0)
+    context = SimpleNamespace(device=device, id=0)
+    devices.get_context = lambda *_: context
     for module in (api, compiler, dispatcher):
         if hasattr(module, "get_current_device"):
-            module.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
+            module.get_current_device = lambda: device
+    # Numba loads what it has linked, so as to keep it on disk; linking is all that can be done here.
+    dispatcher._Kernel.bind = lambda kernel: kernel._codelibrary.get_cubin(cc=capability)
 
 
-def signatures() -> dict:
-    """Every kernel of the encoder, and the types of the arguments it is launched with."""
-    from numba import types
+def kernels() -> list:
+    """Every kernel of the encoder; those that come in a variant a type, in that of the usual columns."""
+    from gpu_etl import cuda, cuda_dictionary, cuda_direct, cuda_encode, cuda_new_keys, cuda_parquet, cuda_rows
+    from gpu_etl.cuda_kernel import Kernel
 
-    from gpu_etl import cuda as functions
-    from gpu_etl import cuda_dictionary as dictionary
-    from gpu_etl import cuda_direct, cuda_encode, cuda_rows
-    from gpu_etl import cuda_parquet as parquet
-
-    i4, i8, u4, u8, flag = types.int32[::1], types.int64[::1], types.uint32[::1], types.uint64[::1], types.boolean
-    one, whole = types.int64, types.uint64
-    text, values, rows = types.uint8[::1], types.uint32[::1, :], types.int32[:, ::1]
-    parsed = values, u8, i4, i4
-    return {
-        cuda_rows._count_newlines: (text, i4), cuda_rows._write_newlines: (text, i8, i8),
-        cuda_rows._parse: (text, i8, values, u8, i4, i4), functions._keep: (values, u8, i8, values, u8),
-        functions._summarize: (values, u8, i8), functions._integers: (values, u8, one, one),
-        cuda_encode._count_buckets: (whole, one, one, i8, i4), cuda_encode._take_places: (i8, i8),
-        cuda_encode._scatter: (values, one, i8, types.uint32[:, ::1]), cuda_encode._keys: (whole, i8, u8),
-        cuda_encode._finish: (rows, i8, i8, i4, i8, rows), dictionary._collect: (u4, i8, i8, u4),
-        dictionary._insert: (values, u8, flag, one, i8, i8, i8, types.int64[:, ::1], i4),
-        dictionary._number: (types.int64[:, ::1], i4, i8, i8, u4, i8),
-        dictionary._code: (values, u8, flag, one, i8, i8, i8, u8, i8, i8, one),
-        dictionary._recount: (rows, i8, u8, i8, i8), dictionary._enter: (u4, i8, i8, i8, i8, i8),
-        parquet._parse_strings: (text, i4, text, one, *parsed),
-        parquet._parse_integers: (i4, text, one, one, one, one, *parsed),
-        cuda_direct._checksums: (text, u4, u4), parquet._parse_floats: (types.float64[::1], text, one, *parsed),
-    }  # fmt: skip
+    modules = cuda, cuda_dictionary, cuda_direct, cuda_encode, cuda_new_keys, cuda_parquet, cuda_rows
+    found = {item.name: item for module in modules for item in vars(module).values() if isinstance(item, Kernel)}
+    columns = [("uint8", "int32"), ("int32", None), ("float64", None)]  # data and offsets
+    return [*found.values(), *(cuda_parquet.kernel_of(*types) for types in columns)]
 
 
 def compile_all(capability: tuple[int, int]) -> dict[str, str]:
     """PTX of every kernel by its name."""
-    from numba import cuda, types
+    from numba import cuda
+    from numba.core import sigutils
 
     pretend(capability)
     compiled = {}
-    for kernel, arguments in signatures().items():
-        ptx, _ = cuda.compile_ptx(kernel.py_func, types.void(*arguments), cc=capability)
-        compiled[kernel.py_func.__name__] = ptx
+    for kernel in kernels():
+        types, _ = sigutils.normalize_signature(kernel.signature)
+        compiled[kernel.name], _ = cuda.compile_ptx(kernel.py_func, types, cc=capability)
     return compiled
+
+
+def seconds_of_two_processes(capability: str) -> dict[str, float]:
+    """Seconds in which a process has all kernels, compiled and linked: the first one, and the next, which finds them on
+    disk. Without the start of Python and what it imports."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("first", "second"):
+            words = [sys.executable, "-m", "bench.kernels", capability]
+            done = subprocess.run(words, env=os.environ | {"NUMBA_CACHE_DIR": folder}, capture_output=True, text=True)
+            if done.returncode:
+                raise BenchError(f"compiling all kernels: {done.stderr.strip()}")
+            found[name] = float(done.stdout.splitlines()[-1])
+    return found
 
 
 def find_ptxas() -> str:
@@ -139,4 +143,15 @@ def measure(args: argparse.Namespace) -> dict:
             "shared_bytes": int(smem[1]) if smem else 0, "bytes_a_row": ROW_BYTES[name],
         }  # fmt: skip
         print(f"{name.lstrip('_'):16} {found[name.lstrip('_')]}", file=sys.stderr)
-    return {"capability": args.capability, "kernels": found, "predicted_not_measured": predict()}
+    return {
+        "capability": args.capability, "kernels": found, "compile_seconds": seconds_of_two_processes(args.capability),
+        "predicted_not_measured": predict(),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":  # one of the two processes above
+    pretend(tuple(int(number) for number in sys.argv[1].split(".")))
+    every, begin = kernels(), time.perf_counter()
+    for each in every:
+        each.compiled()
+    print(round(time.perf_counter() - begin, 2))

@@ -15,8 +15,7 @@ from bench import frames
 from bench.kernels import ROW_BYTES
 from gpu_etl import backend
 from gpu_etl.memory import Reused
-from gpu_etl.schema import COLUMNS, SPARSE, choose_preset
-from gpu_etl.spill import words_of
+from gpu_etl.schema import COLUMNS, FIRST_SPARSE, choose_preset
 from gpu_etl.synthetic import write_days
 
 COPY_BYTES = 256 << 20
@@ -24,7 +23,7 @@ BUCKETS = 64
 # The kernels behind each function; what they move is least for the CPU too.
 KERNELS = {
     "find rows": ("_count_newlines", "_write_newlines"), "parse": ("_parse",), "summarize": ("_summarize",),
-    "integers": ("_integers",), "code": ("_insert", "_code"), "group": ("_count_buckets", "_take_places", "_scatter"),
+    "integers": ("_integers",), "code": ("_insert", "_code"), "group": ("_count_buckets", "_take_places", "_to_rows"),
     "shuffled": ("_keys",), "finish": ("_finish",),
 }  # fmt: skip
 
@@ -37,12 +36,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-peer", action="store_true", help="without pandas, or cuDF on a GPU")
 
 
-def seconds_of(function: Callable[[], object], wait: Callable[[], None], repeat: int) -> float:
-    """Median seconds of a call, its work on the device included."""
+def seconds_of(
+    function: Callable[..., object], wait: Callable[[], None], repeat: int, prepare: Callable[[], tuple] = tuple
+) -> float:
+    """Median seconds of function(*prepare()), its work on the device included, that of prepare() left out."""
     times = []
     for _ in range(repeat + 1):
+        arguments = prepare()
+        wait()
         start = time.perf_counter()
-        function()
+        function(*arguments)
         wait()
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
@@ -68,29 +71,49 @@ def _copy_speed(device: str, wait: Callable[[], None]) -> float:
     return 2 * COPY_BYTES / seconds_of(lambda: np.copyto(there, here), wait, 3)
 
 
-def _functions(kernels: ModuleType, text: np.ndarray) -> dict[str, Callable[[], object]]:
-    """The passes over one slab, function by function; each call does the same again."""
-    ends = kernels.find_rows(text)
-    values, missing, _ = kernels.parse(text, ends)
-    n = len(values)
+def _functions(kernels: ModuleType, text: np.ndarray) -> dict[str, tuple[Callable, Callable[[], tuple]]]:
+    """The passes over one slab, function by function, each with what makes its arguments anew: some work in place, and
+    a slab's memory is used again."""
     dictionaries = kernels.Dictionaries(choose_preset("count"), kernels.set_threads(0))
-    dictionaries.code(values, missing, 0)
-    coded = kernels.rows_of(values, Reused())()
-    numbered = kernels.group(values, 0, 0, 1, Reused())()[0].copy()
-    finisher = kernels.Finisher(tuple(np.arange(1 + coded[:, 14 + c].max(), dtype=np.int32) for c in range(SPARSE)))
-    records, memory = kernels.host_bytes(n * COLUMNS * 4).view(np.int32).reshape(n, COLUMNS), Reused(kernels.host_bytes)
-    fresh, none, _ = kernels.parse(text, kernels.find_rows(text))
-    again = kernels.Dictionaries(choose_preset("count"), kernels.set_threads(0))
-    finisher.take(words_of(numbered), np.zeros(n, np.int64), kernels.shuffled(numbered["row"], 0))
+
+    def parsed() -> tuple:
+        return kernels.parse(text, kernels.find_rows(text))[:2]
+
+    def coded() -> tuple:
+        values, missing = parsed()
+        dictionaries.code(values, missing, 0)
+        return (values,)
+
+    (values,) = coded()
+    n, memory = len(values), Reused(kernels.host_bytes)
+    numbered = kernels.group(values, 0, 0, 1, memory)()[0].copy()
+    most = numbered["coded"][:, FIRST_SPARSE:].max(0)
+    ids = tuple(np.arange(1 + column, dtype=np.int32) for column in most)
+    finisher = kernels.Finisher(ids, np.zeros(1, np.int64))
+    records = kernels.host_bytes(n * COLUMNS * 4).view(np.int32).reshape(n, COLUMNS)
+    found: list = []
+
+    def find_rows() -> None:
+        found.append(kernels.find_rows(text))
+
+    def given_back() -> tuple:
+        while found:
+            kernels.parse(text, found.pop())  # which gives back the memory of its text
+        return ()
+
+    def all_kept() -> tuple:
+        values, missing = parsed()
+        return kernels.keep_rows(values, missing, np.ones(n, bool))  # of other rows, statistics may be known
+
     return {
-        "find rows": lambda: kernels.find_rows(text),
-        "parse": lambda: kernels.parse(text, kernels.find_rows(text)),
-        "summarize": lambda: kernels.summarize(values, missing),
-        "integers": lambda: kernels.integers(fresh, none, 0, 0),
-        "code": lambda: again.code(fresh, none, 0),
-        "group": lambda: kernels.group(values, 0, 0, BUCKETS, memory)(),
-        "shuffled": lambda: kernels.shuffled(numbered["row"], 0),
-        "finish": lambda: finisher.finish(0, n, records)(),
+        "find rows": (find_rows, given_back),
+        "parse": (lambda rows: kernels.parse(text, rows), lambda: given_back() or (kernels.find_rows(text),)),
+        "summarize": (kernels.summarize, all_kept),
+        "integers": (kernels.integers, parsed),
+        "code": (lambda values, missing: dictionaries.code(values, missing, 0), parsed),
+        "group": (lambda values: kernels.group(values, 0, 0, BUCKETS, memory)(), coded),
+        "shuffled": (lambda: finisher.take_shuffled(numbered, 0)(), tuple),
+        "finish": (lambda: finisher.finish(0, n, records)(), tuple),
     }
 
 
@@ -105,13 +128,9 @@ def measure(args: argparse.Namespace) -> dict:
     text = kernels.host_bytes(len(stored))
     text[:] = np.frombuffer(stored, np.uint8)
     copy = _copy_speed(device, wait)
-    found, parse_waits = {}, 0.0
-    for name, function in _functions(kernels, text).items():
-        seconds = seconds_of(function, wait, args.repeat)
-        if name == "find rows":
-            parse_waits = seconds
-        elif name == "parse":
-            seconds -= parse_waits  # it was called with fresh ends, or a fresh upload
+    found = {}
+    for name, (function, prepare) in _functions(kernels, text).items():
+        seconds = seconds_of(function, wait, args.repeat, prepare)
         moved = args.rows * sum(ROW_BYTES[kernel] for kernel in KERNELS[name])
         found[name] = {
             "text_gigabytes_per_second": round(len(text) / seconds / 1e9, 3),

@@ -17,7 +17,7 @@ import sys
 import time
 
 from gpu_etl import flags, packages
-from gpu_etl.errors import DataError
+from gpu_etl.errors import DataError, notes
 
 
 def encode(args: argparse.Namespace) -> dict:
@@ -101,16 +101,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         result = COMMANDS[args.command](args)
     except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", *notes(error), sep="\n", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        print(f"error: {error.filename or ''}: {error.strerror or error}", *notes(error), sep="\n", file=sys.stderr)
         return 1
     except ModuleNotFoundError as error:
         print(f"error: {packages.explain(error)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted; an encode goes on where it was when given the same command again", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        words = "interrupted; an encode goes on where it was when given the same command again"
+        print(words, *notes(stop), sep="\n", file=sys.stderr)
         return 130
     print(json.dumps({"command": args.command, **result}))
     return 1 if result.get("failed") else 0

@@ -2,7 +2,9 @@
 
 import os
 import threading
-from functools import lru_cache
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import lru_cache, wraps
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +44,29 @@ def load_counts(path: Path) -> Counts:
         ))  # fmt: skip
 
 
+def _kernels(device: str):
+    """The slab functions, ready for this thread: a worker runs each task in any of its threads."""
+    kernels = backend.device(device)
+    kernels.enter_thread()
+    return kernels
+
+
+def _one_at_a_time(task: Callable) -> Callable:
+    """Tasks of a worker's threads share what the functions of a GPU work in: the next one begins when one has ended."""
+
+    @wraps(task)
+    def run(*arguments):
+        settings = next(argument for argument in arguments if isinstance(argument, Settings))
+        with _device_lock if settings.device == "cuda" else nullcontext():
+            return task(*arguments)
+
+    return run
+
+
+_device_lock = threading.Lock()
+
+
+@_one_at_a_time
 def count_part(days: Days, part: Part, settings: Settings, work: Path, buckets: int) -> tuple[Tally, list[int]]:
     """Task: the count pass over one part, in its folder. Returns its tally, and how many rows each bucket got.
 
@@ -49,7 +74,7 @@ def count_part(days: Days, part: Part, settings: Settings, work: Path, buckets: 
     """
     folder = part.folder(work)
     folder.mkdir(exist_ok=True)
-    kernels = backend.device(settings.device)
+    kernels = _kernels(settings.device)
     threads = kernels.set_threads(settings.threads)
     kernels.set_memory_limit(settings.memory_limit)
     sources = [Source(path, size) for path, size in days]
@@ -82,15 +107,16 @@ def number_part(folder: Path, preset: Preset, work: Path) -> None:
 
 
 @lru_cache(maxsize=64)
-def _finisher(folder: Path, device: str, _stamp: int):
+def _finisher(folder: Path, device: str, shift: int, _stamp: int):
     with np.load(folder / IDS) as arrays:
-        return backend.device(device).Finisher(tuple(arrays.values()))
+        return _kernels(device).Finisher(tuple(arrays.values()), np.array([shift]))
 
 
 def _finish(folder: Path, coded: np.ndarray, shift: int, device: str, records: np.ndarray) -> None:
     """Write the records of coded rows of one part, in their order."""
-    finisher = _finisher(folder, device, (folder / IDS).stat().st_mtime_ns)
-    finisher.take(coded, np.full(len(coded), shift))
+    _kernels(device)
+    finisher = _finisher(folder, device, shift, (folder / IDS).stat().st_mtime_ns)
+    finisher.take(coded, 0)
     finisher.finish(0, len(coded), records)()
 
 
@@ -105,6 +131,7 @@ class _Memory(threading.local):
 _memory = _Memory()
 
 
+@_one_at_a_time
 def encode_bucket(
     split: str, row: int, rows: int, bucket: int, buckets: int, parts: list[tuple[Path, int]], table_sizes: list[int],
     settings: Settings, work: Path,
@@ -126,6 +153,7 @@ def encode_bucket(
     shared_files.write_at(settings.form, work, split, table_sizes, row, in_order)
 
 
+@_one_at_a_time
 def encode_rows(
     split: str, row: int, begin: int, end: int, part: Part, shift: int, table_sizes: list[int], settings: Settings,
     work: Path,

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from gpu_etl import faults, vocabulary
 from gpu_etl.errors import BadRowError
-from gpu_etl.extract import Slab, Source, read_day
+from gpu_etl.extract import Slab, Source, kind_of, read_day
 from gpu_etl.journal import Journal
 from gpu_etl.memory import Pool, Reused
 from gpu_etl.prefetch import OneBehind, side_by_side
@@ -25,7 +25,6 @@ from gpu_etl.tally import Tally
 
 SHOWN_BAD_ROWS = 5
 RECOUNT_ROWS = 1 << 15
-CORES_PER_READER = 4  # a core inflates about four times as fast as it parses, codes and stores
 CODING = {"clamp": (0, 0), "plus2": (2, 0)}  # preset.dense -> shift, empty_value; "min" waits for the day's smallest
 
 
@@ -34,14 +33,24 @@ class _DayEnd:
     day: int
 
 
-def _read(
-    kernels: ModuleType, source: Source, day: int, slab_bytes: int, skip: int, pool: Pool
-) -> Iterator[Slab | _DayEnd]:
-    """Slabs of a day from `skip` on, ready to parse, and a _DayEnd behind them."""
-    for slab in read_day(source, day, slab_bytes, skip, pool, kernels.readers()):
-        slab.prepare(kernels)
-        yield slab
-    yield _DayEnd(day)
+class _Reading:
+    """How days are read: one file of plain text after the other, each by all readers, or else a file a reader, as only
+    plain text can be read from anywhere. at_once: files."""
+
+    def __init__(self, kernels: ModuleType, sources: list[Source], slab_bytes: int, workers: int):
+        self._kernels, self._slab_bytes, self._pool = kernels, slab_bytes, Pool(kernels.host_bytes)
+        readers = max(1, int(workers / kernels.CORES_PER_READER))
+        plain = all(kind_of(source.path) == "text" for source in sources)
+        self.at_once, self._threads = (1, readers) if plain else (readers, 1)
+
+    def slabs(self, source: Source, day: int, skip: int) -> Iterator[Slab | _DayEnd]:
+        """Slabs of a day from `skip` on, ready to parse, and a _DayEnd behind them."""
+        kernels = self._kernels
+        yield from read_day(
+            source, day, self._slab_bytes, skip, pool=self._pool, readers=kernels.readers(),
+            prepare=lambda slab: slab.prepare(kernels), threads=self._threads, initializer=kernels.enter_thread,
+        )  # fmt: skip
+        yield _DayEnd(day)
 
 
 class CountPass:
@@ -83,19 +92,21 @@ class CountPass:
         """Read, parse, code, count and store what is left; returns the counts of everything, by dictionary code."""
         dictionaries, rows_before = self._dictionaries(buckets), self.rows
         host_bytes = self._kernels.host_bytes
-        pool, parsed, stored = Pool(host_bytes), Reused(), (Reused(host_bytes), Reused(host_bytes))
-        waiting = [
-            _read(self._kernels, source, day, slab_bytes, tally.end, pool)
+        parsed, stored = Reused(), (Reused(host_bytes), Reused(host_bytes))
+        left = [
+            (source, day, tally.end)
             for day, (source, tally) in enumerate(zip(self._sources, self.tallies, strict=True))
             if tally.crc32 is None and self._only in (None, day)
         ]
-        at_once = max(1, int(self._workers / CORES_PER_READER))
+        reading = _Reading(self._kernels, [source for source, _, _ in left], slab_bytes, self._workers)
+        waiting = [reading.slabs(*day) for day in left]
         size = sum(source.size for source in self._sources)
         with (
             tqdm(total=size, unit="B", unit_scale=True, desc="count ", file=sys.stderr) as bar,
-            OneBehind() as storing,
+            OneBehind(self._kernels.enter_thread) as storing,
         ):
-            for turn, item in enumerate(side_by_side(waiting, at_once, at_once)):
+            items = side_by_side(waiting, reading.at_once, reading.at_once, self._kernels.enter_thread)
+            for turn, item in enumerate(items):
                 if isinstance(item, _DayEnd):
                     job = self._end_day(item.day)
                 else:
@@ -160,7 +171,8 @@ class CountPass:
         return lambda: self._journal.record(slab={"day": slab.day, "keys": store(), **event})
 
     def _storing(
-        self, day: int, values: np.ndarray, first: int, keys: list[np.ndarray], buckets: Buckets, memory: Reused
+        self, day: int, values: np.ndarray, first: int, keys: Callable[[], list[np.ndarray]], buckets: Buckets,
+        memory: Reused,
     ) -> Callable[[], int]:
         """What writes the coded rows and the new keys, and returns how many keys there were."""
         if self.to_buckets[day]:
@@ -172,7 +184,7 @@ class CountPass:
 
         def store() -> int:
             write()
-            return self.spill.add_keys(keys)
+            return self.spill.add_keys(keys())
 
         return store
 

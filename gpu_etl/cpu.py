@@ -1,7 +1,7 @@
 """The slab functions on the CPU, Numba loops around the scalar functions of rows.py; cuda.py has the same on a GPU.
 
 A slab goes through find_rows, parse, keep_rows, summarize, integers, Dictionaries.code (dictionary.py), and group or
-rows_of; the encode pass through shuffled and Finisher. encode does it all at once with a known vocabulary.
+rows_of; the encode pass through Finisher. encode does it all at once with a known vocabulary.
 Every function works on one slab and computes with integers only, so that results do not depend on threads or slabs.
 Parsed slabs are column-major: counting and coding go through them by columns.
 """
@@ -17,17 +17,19 @@ from gpu_etl.errors import DataError
 from gpu_etl.jit import compiled, compiled_parallel
 from gpu_etl.memory import Reused, host_bytes
 from gpu_etl.schema import COLUMNS, DENSE, FIRST_DENSE, FIRST_SPARSE, RECORD_DTYPE, SPARSE, Preset
+from gpu_etl.spill import DAY_SHIFT, words_of
 from gpu_etl.tally import Summary
 from gpu_etl.vocabulary import Lookup
 
 __all__ = [
-    "Dictionaries", "Finisher", "encode", "find_rows", "group", "host_bytes", "integers", "keep_rows", "labels",
-    "parse", "peak_device_bytes", "readers", "rows_of", "set_memory_limit", "set_threads", "shuffled",
-    "summarize", "upload",
+    "Dictionaries", "Finisher", "encode", "enter_thread", "find_rows", "group", "host_bytes", "integers", "keep_rows",
+    "labels", "parse", "peak_device_bytes", "readers", "rows_of", "set_memory_limit", "set_threads", "summarize",
+    "upload",
 ]  # fmt: skip
 
 SLAB_BYTES = 8 << 20  # of text: parsed, it stays in the L3 cache
 ENCODE_ROWS = 1 << 15
+CORES_PER_READER = 4  # a core inflates about four times as fast as it parses, codes and stores
 
 SHORT_ROW = 128  # bytes; where rows are shorter on average, they are found in a second try
 NEWLINES = np.uint64(0x0A0A0A0A0A0A0A0A)
@@ -50,6 +52,10 @@ def set_memory_limit(limit: int) -> None:
         raise DataError(f"--memory-limit {limit}: only with --device cuda; the CPU's memory is bounded by --slab-bytes")
 
 
+def enter_thread() -> None:
+    """What every thread begins with that calls functions here or touches, frees or waits for their memory: nothing."""
+
+
 def readers() -> dict:
     """Ways of its own to read a kind of day file: none, extract.read_day has them."""
     return {}
@@ -61,18 +67,18 @@ def peak_device_bytes() -> int:
 
 
 @compiled
-def _newlines(words, text, ends):
+def _newlines(words, text, first, ends):
     """Write the positions of newlines in text into `ends`; returns how many there are, also where `ends` is too short.
 
-    words: text as little-endian uint64, as far as it fills them. A byte of a word is 0 after the XOR where it was a
-    newline; see Warren, Hacker's Delight, 6-1, for the test that a word has such a byte.
+    words: text from `first` on as little-endian uint64, as far as it fills them. A byte of a word is 0 after the XOR
+    where it was a newline; see Warren, Hacker's Delight, 6-1, for the test that a word has such a byte.
     """
-    found = 0
+    found = _newlines_within(text, 0, first, ends, 0)
     for i in range(len(words)):
         word = words[i] ^ NEWLINES
         if (word - EIGHT_ONES) & ~word & EIGHT_HIGH_BITS:
-            found = _newlines_within(text, 8 * i, 8 * i + 8, ends, found)
-    return _newlines_within(text, 8 * len(words), len(text), ends, found)
+            found = _newlines_within(text, first + 8 * i, first + 8 * i + 8, ends, found)
+    return _newlines_within(text, first + 8 * len(words), len(text), ends, found)
 
 
 @compiled
@@ -87,12 +93,13 @@ def _newlines_within(text, begin, end, ends, found):
 
 def find_rows(text: np.ndarray) -> np.ndarray:
     """Where the rows of a slab end: int64 [n], the position after each row's last byte. A last newline is optional."""
-    words = text[: len(text) // 8 * 8].view(np.uint64)
+    first = min(-text.ctypes.data % 8, len(text))  # words that are not aligned would be another type to Numba
+    words = text[first : first + (len(text) - first) // 8 * 8].view(np.uint64)
     ends = np.empty(len(text) // SHORT_ROW + 1, np.int64)
-    found = _newlines(words, text, ends)
+    found = _newlines(words, text, first, ends)
     if found > len(ends):
         ends = np.empty(found, np.int64)
-        _newlines(words, text, ends)
+        _newlines(words, text, first, ends)
     if len(text) and text[-1] != rows.NEWLINE:
         return np.append(ends[:found], len(text))
     return ends[:found]
@@ -194,26 +201,27 @@ def _finish(coded, order, shifts, ids, base, records):
             records[i, column] = ids[np.uint64(base[c] + coded[row, column])]
 
 
-def shuffled(numbers: np.ndarray, seed: int) -> np.ndarray:
-    """The order of rows with these numbers, int64 [n], by their keys: places int64 [n]."""
-    return np.argsort(shuffle.keys_of(seed, numbers))
-
-
 class Finisher:
-    """Turns coded rows into records. ids: 26 arrays int32, the ids of a column by dictionary code."""
+    """Turns coded rows into records. ids: 26 arrays int32, the ids of a column by dictionary code; shifts int64 [days]:
+    what is added to the integers of each day."""
 
-    def __init__(self, ids: tuple[np.ndarray, ...]):
+    def __init__(self, ids: tuple[np.ndarray, ...], shifts: np.ndarray):
         self._ids = np.concatenate(ids)
         self._base = np.cumsum([0] + [len(column) for column in ids[:-1]])
+        self._day_shifts = shifts
 
-    def take(self, coded: np.ndarray, shifts: np.ndarray, order: np.ndarray | None = None) -> None:
-        """What the next calls of finish() are about.
+    def take(self, coded: np.ndarray, day: int) -> Callable[[], None]:
+        """Rows of a day for the next calls of finish(): int32 [n, 40 or more], contiguous, a coded row in the last 40
+        of each. Returns what waits until, once all of these have returned, `coded` is no longer read: nothing here."""
+        self._coded, self._order = coded[:, -COLUMNS:], np.arange(len(coded))
+        self._shifts = np.full(len(coded), self._day_shifts[day])
+        return lambda: None
 
-        coded: int32 [n, 40 or more], contiguous, a coded row in the last 40 of each; shifts int64 [n]: what is added to
-        a row's integers; order: where the records come from, by shuffled(), else they come as they are.
-        """
-        self._coded, self._shifts = coded[:, -COLUMNS:], shifts
-        self._order = np.arange(len(coded)) if order is None else order
+    def take_shuffled(self, numbered: np.ndarray, seed: int) -> Callable[[], None]:
+        """The same of rows NUMBERED [n] of any days, which come out in the order of their sort keys."""
+        self._coded, self._order = words_of(numbered)[:, -COLUMNS:], np.argsort(shuffle.keys_of(seed, numbered["row"]))
+        self._shifts = self._day_shifts[numbered["row"] >> DAY_SHIFT]
+        return lambda: None
 
     def finish(self, begin: int, end: int, records: np.ndarray) -> Callable[[], np.ndarray]:
         """What gives records begin to end, int32 [end - begin, 40]: `records`, on the host, which they fill."""

@@ -4,28 +4,34 @@ Which code a value gets depends on the order in which threads arrive. Counts and
 those, so the data set comes out the same.
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from numba import cuda
 
 from gpu_etl import rows
-from gpu_etl.cuda_launch import blocks_for, budget, download, empty, launch, upload_array
-from gpu_etl.schema import FIRST_SPARSE, SPARSE, Preset
+from gpu_etl.cuda_kernel import blocks_for, kernel
+from gpu_etl.cuda_launch import Input, Memory, download, launch, stream, synchronize
+from gpu_etl.cuda_new_keys import NewKeys
+from gpu_etl.cuda_rows import MISSING, VALUES, Rows
+from gpu_etl.schema import COLUMNS, FIRST_SPARSE, SPARSE, Preset
 from gpu_etl.vocabulary import ColumnCounts, Counts
 
 FIRST_SLOTS = 1 << 10
 PENDING = rows.INT32_MAX  # payload of a value that this slab brought, until it has its code
 HOT = 1024  # codes counted in shared memory first: popular values are met early, so their codes are small
 NEVER = np.iinfo(np.int64).max
-SLOT_BYTES = 8 + (4 + 8 + 8) // 2  # a slot, and for every second one a key, a count and a first row
 MAX_BLOCKS = 64  # a column; each goes through its share of the rows, so that its hot counts are added up once
+PLACES, COUNTS, KEYS = "int64[::1]", "uint64[::1]", "uint32[::1]"  # of each column or slot; counts; values
 
 
-@cuda.jit
-def _insert(values, missing, missing_is_zero, index_range, table, base, mask, fresh, fresh_count):
-    """Enter the values that are new, with payload PENDING; fresh[c, i]: their slots. Block (b, c): part of column c."""
+@kernel(VALUES, MISSING, "int64", "int64", "int64", PLACES, PLACES, PLACES, "uint32[::1]", "int32[::1]")
+def _insert(values, missing, count, missing_is_zero, index_range, table, base, mask, fresh, fresh_count):
+    """Enter the values that are new, with payload PENDING. fresh[c * count + i]: their slots, counted from base[c].
+    Block (b, c): part of column c."""
     c = cuda.blockIdx.y
-    for row in range(cuda.grid(1), len(values), cuda.gridDim.x * cuda.blockDim.x):
-        if not missing_is_zero and rows.is_missing(missing[row], FIRST_SPARSE + c):
+    for row in range(cuda.grid(1), count, cuda.gridDim.x * cuda.blockDim.x):
+        if missing_is_zero == 0 and rows.is_missing(missing[row], FIRST_SPARSE + c):
             continue
         key = rows.category_key(np.int64(values[row, FIRST_SPARSE + c]), index_range)
         slot = rows.hash32(key) & mask[c]
@@ -34,27 +40,39 @@ def _insert(values, missing, missing_is_zero, index_range, table, base, mask, fr
             if entry == 0:
                 entry = np.int64(cuda.atomic.cas(table, base[c] + slot, np.int64(0), rows.make_entry(key, PENDING)))
                 if entry == 0:
-                    fresh[c, cuda.atomic.add(fresh_count, c, 1)] = base[c] + slot
+                    fresh[c * count + cuda.atomic.add(fresh_count, c, 1)] = slot
                     break
             if rows.entry_key(entry) == key:
                 break
             slot = (slot + 1) & mask[c]
 
 
-@cuda.jit
-def _number(fresh, fresh_count, used, table, keys, key_base):
-    """Give the new values of column c = block's y their codes, from used[c] + 1 on."""
+@kernel("uint32[::1]", "int32[::1]", "int64", PLACES, PLACES, PLACES, KEYS, PLACES, KEYS)
+def _number(fresh, fresh_count, count, used, table, base, keys, key_base, new_keys):
+    """Give the new values of column c = block's y their codes, from used[c] + 1 on, and put them into new_keys, column
+    by column."""
     c = cuda.blockIdx.y
+    before = np.int64(0)
+    for column in range(c):
+        before += fresh_count[column]
     for i in range(cuda.grid(1), fresh_count[c], cuda.gridDim.x * cuda.blockDim.x):
-        slot = fresh[c, i]
+        slot = base[c] + fresh[c * count + i]
         key = rows.entry_key(table[slot])
         code = used[c] + i + 1
         table[slot] = rows.make_entry(key, code)
         keys[key_base[c] + code] = key
+        new_keys[before + i] = key
 
 
-@cuda.jit
-def _code(values, missing, missing_is_zero, index_range, table, base, mask, counts, firsts, key_base, first_row):
+@kernel("int32[::1]", PLACES)
+def _advance(fresh_count, used):
+    """used[c] += fresh_count[c], once all of them have their codes. One block."""
+    for c in range(cuda.threadIdx.x, SPARSE, cuda.blockDim.x):
+        used[c] += fresh_count[c]
+
+
+@kernel(VALUES, MISSING, "int64", "int64", "int64", PLACES, PLACES, PLACES, COUNTS, PLACES, PLACES, "int64")
+def _code(values, missing, count, missing_is_zero, index_range, table, base, mask, counts, firsts, key_base, first_row):
     """Put codes in place of column c = block's y, count them, and note first rows. Hot codes are counted in shared
     memory, so that a column of three values does not put all its atomics on three addresses."""
     hot = cuda.shared.array(HOT, np.int32)
@@ -62,9 +80,9 @@ def _code(values, missing, missing_is_zero, index_range, table, base, mask, coun
     for i in range(cuda.threadIdx.x, HOT, cuda.blockDim.x):
         hot[i] = 0
     cuda.syncthreads()
-    for row in range(cuda.grid(1), len(values), cuda.gridDim.x * cuda.blockDim.x):
+    for row in range(cuda.grid(1), count, cuda.gridDim.x * cuda.blockDim.x):
         code = 0
-        if missing_is_zero or not rows.is_missing(missing[row], FIRST_SPARSE + c):
+        if missing_is_zero != 0 or not rows.is_missing(missing[row], FIRST_SPARSE + c):
             key = rows.category_key(np.int64(values[row, FIRST_SPARSE + c]), index_range)
             code = rows.entry_payload(table[rows.find_slot(table, base[c], mask[c], key)])
         values[row, FIRST_SPARSE + c] = code
@@ -80,28 +98,36 @@ def _code(values, missing, missing_is_zero, index_range, table, base, mask, coun
             cuda.atomic.add(counts, key_base[c] + i, np.uint64(hot[i]))
 
 
-@cuda.jit
-def _recount(coded, row_numbers, counts, firsts, key_base):
+@kernel("int32[::1]", PLACES, "int64", COUNTS, PLACES, PLACES)
+def _recount(coded, row_numbers, count, counts, firsts, key_base):
     """Count rows coded earlier, column c = block's y."""
     row, c = cuda.grid(1), cuda.blockIdx.y
-    if row < len(row_numbers):
-        place = key_base[c] + coded[row, FIRST_SPARSE + c]
+    if row < count:
+        place = key_base[c] + coded[row * COLUMNS + FIRST_SPARSE + c]
         cuda.atomic.add(counts, place, np.uint64(1))
         cuda.atomic.min(firsts, place, row_numbers[row])
 
 
-@cuda.jit
-def _collect(keys, first, ends, found):
-    """found = keys from first[c] on of every column c = block's y, one column after the other; ends: where they end."""
-    i, c = cuda.grid(1), cuda.blockIdx.y
-    begin = np.int64(0)
-    if c > 0:
-        begin = ends[c - 1]
-    if i < ends[c] - begin:
-        found[begin + i] = keys[first[c] + i]
+@kernel(KEYS, COUNTS, PLACES, PLACES, PLACES, KEYS, COUNTS, PLACES, PLACES, PLACES)
+def _move(old_keys, old_counts, old_firsts, old_base, used, keys, counts, firsts, key_base, room):
+    """Codes 0 to used[c] of column c = block's y move to where the column has more room, with nothing behind them."""
+    c = cuda.blockIdx.y
+    for code in range(cuda.grid(1), room[c], cuda.gridDim.x * cuda.blockDim.x):
+        to, there = key_base[c] + code, old_base[c] + code
+        if code <= used[c]:
+            keys[to], counts[to], firsts[to] = old_keys[there], old_counts[there], old_firsts[there]
+        else:
+            keys[to], counts[to], firsts[to] = 0, 0, NEVER
 
 
-@cuda.jit
+@kernel(PLACES, "int64")
+def _clear(table, slots):
+    """table[:slots] = 0"""
+    for slot in range(cuda.grid(1), slots, cuda.gridDim.x * cuda.blockDim.x):
+        table[slot] = 0
+
+
+@kernel(KEYS, PLACES, PLACES, PLACES, PLACES, PLACES)
 def _enter(keys, key_base, used, table, base, mask):
     """Enter codes 1 to used[c] of column c = block's y into an empty table."""
     c = cuda.blockIdx.y
@@ -112,6 +138,35 @@ def _enter(keys, key_base, used, table, base, mask):
             slot = (slot + 1) & mask[c]
 
 
+class _Store:
+    """Keys, counts and first rows of all columns by code, each column's where its codes begin; the hash table of their
+    slots. slots int64 [26], powers of two: a column has room for half as many codes, and code 0."""
+
+    def __init__(self, slots: np.ndarray):
+        room = slots // 2 + 1
+        self.slots, self.begins, together = slots, np.cumsum(room) - room, int(room.sum())
+        self._memories = {
+            name: Memory("dictionaries", dtype)
+            for name, dtype in (("keys", np.uint32), ("counts", np.uint64), ("firsts", np.int64), ("table", np.int64))
+        }
+        self.keys, self.counts, self.firsts = (self._memories[name].take(together) for name in list(self._memories)[:3])
+        self.table = self._memories["table"].take(int(slots.sum()))
+        columns = {"base": np.cumsum(slots) - slots, "mask": slots - 1, "key_base": self.begins, "room": room}
+        self._inputs = {name: Input("dictionaries", np.int64) for name in columns}
+        self.base, self.mask, self.key_base, self.room = (self._inputs[n].put(a) for n, a in columns.items())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory."""
+        arrays = self.table, self.keys, self.counts, self.firsts
+        return sum(array.size * array.dtype.itemsize for array in arrays)
+
+    def release(self) -> None:
+        """Give the memory back. Nothing that uses it may be under way."""
+        for memory in (*self._memories.values(), *self._inputs.values()):
+            memory.release()
+
+
 class Dictionaries:
     """See dictionary.Dictionaries; values and missing of a slab are on the device here. `workers` is not used."""
 
@@ -119,108 +174,112 @@ class Dictionaries:
         keys = keys or [np.empty(0, np.uint32)] * SPARSE
         self._preset = preset
         self._used = np.array([len(column) for column in keys])
-        self._reported = self._used.copy()
-        self._slots = np.zeros(SPARSE, np.int64)
-        self._make_room(0, keys)
+        self._used_input, self._none = Input("dictionaries", np.int64), Input("dictionaries", np.int64)
+        self._used_there = self._used_input.put(self._used)
+        self._fresh = Memory("slab", np.uint32)
+        self._recounted = Input("slab", np.int32), Input("slab", np.int64)
+        self._new, self._early = NewKeys(), []
+        self._store: _Store | None = None
+        self._make_room(0)
+        for begin, known in zip(self._store.begins, keys, strict=True):
+            if len(known):
+                self._store.keys[begin + 1 : begin + 1 + len(known)].copy_to_device(known, stream=stream("compute"))
+        self._enter()
 
-    def _make_room(self, rows_: int, host_keys: list[np.ndarray] | None = None) -> None:
-        """Grow what a slab of so many rows, all of new values, would fill to more than a half."""
-        wanted = self._slots.copy()
-        for c in range(SPARSE):
-            wanted[c] = max(wanted[c], FIRST_SLOTS)
-            while wanted[c] < 2 * (self._used[c] + rows_):
-                wanted[c] *= 2
-        if (wanted == self._slots).all():
+    def _make_room(self, count: int) -> None:
+        """Grow what `count` rows, all of new values, would fill to more than a half. Both old and new are there then
+        for a moment."""
+        old = self._store
+        wanted = np.full(SPARSE, FIRST_SLOTS) if old is None else old.slots.copy()
+        while (short := wanted < 2 * (self._used + count)).any():
+            wanted[short] *= 2
+        if old is not None and (wanted == old.slots).all():
             return
-        budget.take("dictionaries", int(wanted.sum()) * SLOT_BYTES)
-        if host_keys is None:
-            host_keys, counts, firsts = self._download()
-        else:
-            counts, firsts = ([np.zeros(len(k) + 1, t) for k in host_keys] for t in (np.uint64, np.int64))
-            for column in firsts:
-                column[:] = NEVER
-        self._slots = wanted
-        self._base = upload_array(np.cumsum(wanted) - wanted)
-        self._mask = upload_array(wanted - 1)
-        room = wanted // 2 + 1
-        self._begins = np.cumsum(room) - room
-        self._key_base = upload_array(self._begins)
-        self._keys = self._laid_out(host_keys, np.uint32, 1, 0)
-        self._counts = self._laid_out(counts, np.uint64, 0, 0)
-        self._firsts = self._laid_out(firsts, np.int64, 0, NEVER)
-        self._table = upload_array(np.zeros(wanted.sum(), np.int64))
-        grid, used = (blocks_for(int(self._used.max())), SPARSE), upload_array(self._used)
-        launch(_enter, grid, self._keys, self._key_base, used, self._table, self._base, self._mask)
+        self._store = new = _Store(wanted)
+        known, there = (old, self._used_there) if old else (new, self._none.put(np.full(SPARSE, -1)))
+        grid = min(MAX_BLOCKS, blocks_for(int(wanted.max()) // 2 + 1)), SPARSE
+        before = known.keys, known.counts, known.firsts, known.key_base
+        launch(_move, grid, *before, there, new.keys, new.counts, new.firsts, new.key_base, new.room)
+        if old is not None:
+            self._enter()
+            synchronize()
+            old.release()
 
-    def _laid_out(self, columns: list[np.ndarray], dtype, shift: int, empty: int):
-        """The columns one after the other, each where its codes begin plus `shift`, on the device."""
-        together = np.full((self._slots // 2 + 1).sum(), empty, dtype)
-        for begin, column in zip(self._begins, columns, strict=True):
-            together[begin + shift : begin + shift + len(column)] = column
-        return upload_array(together)
+    def _enter(self) -> None:
+        """Make the hash table from the keys."""
+        store, slots = self._store, int(self._store.slots.sum())
+        launch(_clear, min(SPARSE * MAX_BLOCKS, blocks_for(slots)), store.table, slots)
+        grid = min(MAX_BLOCKS, blocks_for(int(self._used.max()))), SPARSE
+        launch(_enter, grid, store.keys, store.key_base, self._used_there, store.table, store.base, store.mask)
 
-    def _download(self) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
-        """Keys (from code 1 on), counts and first rows (from code 0 on) of each column."""
-        keys, counts, firsts = (download(array) for array in (self._keys, self._counts, self._firsts))
-        ends = self._begins + self._used + 1
-        pairs = list(zip(self._begins, ends, strict=True))
-        return (
-            [keys[begin + 1 : end] for begin, end in pairs],
-            [counts[begin:end] for begin, end in pairs],
-            [firsts[begin:end] for begin, end in pairs],
-        )
+    def _settle(self) -> None:
+        """Take in what the last slab brought. By now, the host has waited for something that came later."""
+        batch = self._new.started
+        if batch is not None:
+            self._used = self._used + batch.number()
+            self._new.started = None
+            if not batch.asked:
+                self._early.append(batch.keys())
+            elif batch.is_short():
+                batch.keys()  # before its memory on the device is written over
 
-    def code(self, values, missing, first_row: int) -> None:
+    def code(self, values: Rows, missing, first_row: int) -> None:
         """Put codes in place of the category values of a slab, and count them: see dictionary.Dictionaries."""
-        n = len(values)
-        if not n:
+        count = len(values)
+        if not count:
             return
-        self._make_room(n)
-        preset = self._preset
-        rules = preset.missing_is_zero, preset.max_index_range
-        grid = min(MAX_BLOCKS, blocks_for(n)), SPARSE
-        fresh = empty((SPARSE, n), np.int64)
-        fresh_count = upload_array(np.zeros(SPARSE, np.int32))
-        table = self._table, self._base, self._mask
-        launch(_insert, grid, values, missing, *rules, *table, fresh, fresh_count)
-        used = upload_array(self._used)
-        launch(_number, grid, fresh, fresh_count, used, self._table, self._keys, self._key_base)
-        counted = self._counts, self._firsts, self._key_base
-        launch(_code, grid, values, missing, *rules, *table, *counted, first_row)
-        self._used = self._used + download(fresh_count)
+        self._settle()
+        self._make_room(count)
+        store, preset = self._store, self._preset
+        most = SPARSE * values.values.shape[0]
+        fresh, batch = self._fresh.take(most), self._new.begin(most)
+        rows_ = values.values, missing, count, int(preset.missing_is_zero), preset.max_index_range
+        table, grid = (store.table, store.base, store.mask), (min(MAX_BLOCKS, blocks_for(count)), SPARSE)
+        launch(_insert, grid, *rows_, *table, fresh, self._new.count)
+        numbered = self._used_there, store.table, store.base, store.keys, store.key_base, self._new.device.array
+        launch(_number, grid, fresh, self._new.count, count, *numbered)
+        launch(_advance, 1, self._new.count, self._used_there)
+        batch.start(self._new)
+        launch(_code, grid, *rows_, *table, store.counts, store.firsts, store.key_base, first_row)
 
     def recount(self, coded: np.ndarray, row_numbers: np.ndarray) -> None:
         """Count rows coded earlier: coded int32 [n, 40], their numbers int64 [n], both on the host."""
-        if len(coded):
-            grid = blocks_for(len(coded)), SPARSE
-            numbers = upload_array(np.ascontiguousarray(row_numbers))
-            coded = upload_array(np.ascontiguousarray(coded))
-            launch(_recount, grid, coded, numbers, self._counts, self._firsts, self._key_base)
+        if count := len(coded):
+            store, grid = self._store, (blocks_for(count), SPARSE)
+            flat, numbers = self._recounted[0].put(coded.ravel()), self._recounted[1].put(row_numbers)
+            launch(_recount, grid, flat, numbers, count, store.counts, store.firsts, store.key_base)
 
-    def new_keys(self) -> list[np.ndarray]:
+    def new_keys(self) -> Callable[[], list[np.ndarray]]:
         """See dictionary.Dictionaries."""
-        new = self._used - self._reported
-        ends = np.cumsum(new)
-        if not ends[-1]:
-            return [np.empty(0, np.uint32)] * SPARSE
-        found = empty(int(ends[-1]), np.uint32)
-        first = upload_array(self._begins + self._reported + 1)
-        launch(_collect, (blocks_for(int(new.max())), SPARSE), self._keys, first, upload_array(ends), found)
-        self._reported = self._used.copy()
-        return np.split(download(found), ends[:-1])
+        early, self._early = self._early, []
+        batch = self._new.started
+        if batch is None or batch.asked:
+            return lambda: _joined(early)
+        batch.asked = True
+        return lambda: _joined([*early, batch.keys()])
 
     def counts(self) -> Counts:
         """See dictionary.Dictionaries."""
-        keys, counts, firsts = self._download()
-        return Counts(tuple(
-            ColumnCounts(k, c[1:].astype(np.int64), f[1:]) for k, c, f in zip(keys, counts, firsts, strict=True)
-        ))  # fmt: skip
+        self._settle()
+        store = self._store
+        keys, counts, firsts = (download(array) for array in (store.keys, store.counts, store.firsts))
+        columns = zip(store.begins, self._used, strict=True)
+        slices = [slice(begin + 1, begin + used + 1) for begin, used in columns]
+        return Counts(tuple(ColumnCounts(keys[s], counts[s].astype(np.int64), firsts[s]) for s in slices))
 
     @property
     def nbytes(self) -> int:
         """Bytes of device memory that all dictionaries take."""
-        arrays = self._table, self._keys, self._counts, self._firsts
-        return sum(array.size * array.dtype.itemsize for array in arrays)
+        return self._store.nbytes
 
     def close(self) -> None:
-        """Nothing to end: the device's memory goes with this object."""
+        """Give back the device's memory but for the counts, which are still to be asked for."""
+        synchronize()
+        self._fresh.release()
+
+
+def _joined(parts: list[list[np.ndarray]]) -> list[np.ndarray]:
+    """Keys by column of some slabs, one after the other."""
+    if not parts:
+        return [np.empty(0, np.uint32)] * SPARSE
+    return parts[0] if len(parts) == 1 else [np.concatenate(column) for column in zip(*parts, strict=True)]

@@ -7,92 +7,80 @@ on the device.
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import numpy as np
 from numba import cuda
 
 from gpu_etl import crc
-from gpu_etl.cuda_launch import THREADS, blocks_for, stream
-from gpu_etl.cuda_rows import give_room, parse, take_room
+from gpu_etl.cuda_kernel import blocks_for, kernel
+from gpu_etl.cuda_launch import Input, Memory, Output, launch, stream
+from gpu_etl.cuda_rows import DeviceText, parse, text_rooms
 from gpu_etl.errors import DataError
 from gpu_etl.extract import Source, TextSlab, too_long
 from gpu_etl.memory import Pool
 from gpu_etl.rows import NEWLINE
 
 PAGE = 4096  # reads that begin at a multiple of it go directly
-TAIL_BYTES = 1 << 16
 PIECE = 4096  # bytes of one thread's checksum
 
 
 def is_there() -> bool:
-    """Whether KvikIO is installed and would read directly; KVIKIO_COMPAT_MODE=ON in the environment forbids it."""
+    """Whether KvikIO is installed and reads from storage into device memory by itself.
+
+    Its setting AUTO, the default, says nothing of that: it may stage every read in host memory, which the reader of
+    extract.py does better. KVIKIO_COMPAT_MODE=ON in the environment forbids it.
+    """
     if not importlib.util.find_spec("kvikio"):
         return False
+    import kvikio
     from kvikio import defaults
 
-    return not defaults.is_compat_mode_preferred()
+    if defaults.is_compat_mode_preferred():
+        return False
+    try:
+        return bool(kvikio.cufile_driver.get("is_gds_available"))
+    except (RuntimeError, AttributeError, ValueError):
+        return False
 
 
-@cuda.jit
-def _checksums(text, table, crcs):
-    """crcs[i] = CRC-32 of piece i of the text, PIECE bytes. Reads each byte once; the table is looked up in shared
-    memory."""
+@kernel("uint8[::1]", "int64", "int64", "int64[::1]")
+def _find_end(text, size, whole, found):
+    """found[0] = bytes of text up to its last newline, 0 if there is none, or all `size` where it is `whole`; found[1]
+    = the last of those bytes. One block, which reads from the end on."""
+    last = cuda.shared.array(1, np.int64)
+    if cuda.threadIdx.x == 0:
+        last[0] = size * whole
+    end = size
+    while True:
+        cuda.syncthreads()
+        if last[0] != 0 or end <= 0:
+            break
+        position = end - 1 - cuda.threadIdx.x
+        cuda.syncthreads()
+        if position >= 0 and text[position] == NEWLINE:
+            cuda.atomic.max(last, 0, position + 1)
+        end -= cuda.blockDim.x
+    if cuda.threadIdx.x == 0:
+        found[0] = last[0]
+        found[1] = 0
+        if last[0] > 0:
+            found[1] = text[last[0] - 1]
+
+
+@kernel("uint8[::1]", "int64[::1]", "uint32[::1]", "uint32[::1]")
+def _checksums(text, size, table, crcs):
+    """crcs[i] = CRC-32 of piece i of the first size[0] bytes of text, PIECE bytes. Reads each byte once; the table is
+    looked up in shared memory."""
     remainders = cuda.shared.array(256, np.uint32)
     for i in range(cuda.threadIdx.x, 256, cuda.blockDim.x):
         remainders[i] = table[i]
     cuda.syncthreads()
     piece = cuda.grid(1)
-    if piece < len(crcs):
+    if piece * PIECE < size[0]:
         found = np.uint32(0xFFFFFFFF)
-        for position in range(piece * PIECE, min((piece + 1) * PIECE, len(text))):
+        for position in range(piece * PIECE, min((piece + 1) * PIECE, size[0])):
             found = remainders[(found ^ text[position]) & 255] ^ found >> np.uint32(8)
         crcs[piece] = found ^ np.uint32(0xFFFFFFFF)
-
-
-@cache
-def _table():
-    return cuda.to_device(crc.table())
-
-
-def _checksum(text) -> int:
-    """CRC-32 of text on the device."""
-    pieces, reading = -(-len(text) // PIECE), stream("read")
-    if not pieces:
-        return 0
-    crcs = cuda.device_array(pieces, np.uint32, stream=reading)
-    _checksums[blocks_for(pieces), THREADS, reading](text, _table(), crcs)
-    return int(crc.combine_pieces(_download(crcs), PIECE, len(text)))
-
-
-def _download(array) -> np.ndarray:
-    """A device array that only the stream "read" has to do with."""
-    found = array.copy_to_host(stream=stream("read"))
-    stream("read").synchronize()
-    return found
-
-
-def _behind_last_newline(text) -> int:
-    """Bytes of text on the device up to its last newline; 0 if there is none."""
-    for end in range(len(text), 0, -TAIL_BYTES):
-        begin = max(0, end - TAIL_BYTES)
-        found = np.flatnonzero(_download(text[begin:end]) == NEWLINE)
-        if len(found):
-            return begin + int(found[-1]) + 1
-    return 0
-
-
-@dataclass
-class DeviceText:
-    """What cuda_rows.parse takes: see cuda_launch.Upload."""
-
-    room: Any
-    bytes: Any
-    last: int = NEWLINE
-
-    def wait(self) -> None:
-        """Nothing to wait for: it was read before."""
 
 
 @dataclass
@@ -123,27 +111,47 @@ class DirectSlab:
 
 
 class _File:
-    """A source opened for direct reading."""
+    """A source opened for direct reading, and what its slabs are checked with."""
 
     def __init__(self, source: Source):
         import kvikio
 
         self._source, self._file = source, kvikio.CuFile(source.path)
+        self._table_memory = Input("checksums", np.uint32, "read")
+        self._table = self._table_memory.put(crc.table())
+        self._crcs, self._end = Memory("checksums", np.uint32), Memory("checksums", np.int64)
+        self._host_crcs, self._host_end = Output(np.uint32, "read"), Output(np.int64, "read")
 
-    def read(self, begin: int, end: int):
-        """Bytes begin to end of the source: (memory of the device, a view [end - begin] of it). Raises DataError where
-        the file has become shorter."""
+    def read(self, begin: int, end: int, whole: bool) -> DeviceText:
+        """The whole rows of bytes begin to end of the source, or all of them, noted in the source as read. Raises
+        DataError where the file has become shorter."""
         place = self._source.begin + begin
         lead = place % PAGE
         size = lead + end - begin
-        room = take_room(size)
-        found = self._file.pread(room[:size], size, place - lead).get()
+        room = text_rooms.take(size)
+        room.free.wait()  # KvikIO knows nothing of streams
+        found = self._file.pread(room.bytes[:size], size, place - lead).get()
         if found != size:
             raise DataError(f"{self._source.path}: {size - found} bytes fewer than when it was opened; fetch it again")
-        return room, room[lead:size]
+        used, last, checksum = self._check(room.bytes[lead:size], whole)
+        self._source.crc32 = crc.combine(self._source.crc32, checksum, used)
+        self._source.read += used
+        return DeviceText(room, used, last, lead)
+
+    def _check(self, text, whole: bool) -> tuple[int, int, int]:
+        """Bytes of whole rows in a text on the device, the last of them, and their CRC-32."""
+        size = len(text)
+        pieces = -(-size // PIECE)
+        end, crcs = self._end.take(2), self._crcs.take(pieces)
+        launch(_find_end, 1, text, size, int(whole), end, on="read")
+        launch(_checksums, blocks_for(pieces), text, end, self._table, crcs, on="read")
+        sums, ends = self._host_crcs.get(crcs[:pieces]), self._host_end.get(end[:2])
+        used, last = ends().tolist()
+        return used, last, int(crc.combine_pieces(sums()[: -(-used // PIECE)], PIECE, used)) if used else 0
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, once nothing is under way that uses the memory of its checksums."""
+        stream("read").synchronize()
         self._file.close()
 
 
@@ -152,29 +160,14 @@ def direct_slabs(source: Source, day: int, slab_bytes: int, skip: int) -> Iterat
     file = _File(source)
     try:
         for begin in range(0, skip, slab_bytes):  # read for the checksum
-            room, text = file.read(begin, min(begin + slab_bytes, skip))
-            _note(source, text)
-            give_room(room)
+            text_rooms.give(file.read(begin, min(begin + slab_bytes, skip), whole=True).room)
         begin = skip
         while begin < source.size:
             end = min(begin + slab_bytes, source.size)
-            room, text = file.read(begin, end)
-            last = NEWLINE
-            if end < source.size:
-                end = begin + _behind_last_newline(text)
-                if end == begin:
-                    raise too_long(source.path, slab_bytes)
-            else:
-                last = int(_download(text[-1:])[0])
-            text = text[: end - begin]
-            _note(source, text)
-            yield DirectSlab(day, begin, end, source, DeviceText(room, text, last))
-            begin = end
+            text = file.read(begin, end, whole=end == source.size)
+            if not text.size:
+                raise too_long(source.path, slab_bytes)
+            yield DirectSlab(day, begin, begin + text.size, source, text)
+            begin += text.size
     finally:
         file.close()
-
-
-def _note(source: Source, text) -> None:
-    """Note in the source that this text of it was read."""
-    source.crc32 = crc.combine(source.crc32, _checksum(text), len(text))
-    source.read += len(text)

@@ -1,154 +1,255 @@
 """Coded rows on a GPU: into shuffle buckets, and from there into records."""
 
-import math
 from collections.abc import Callable
 
 import numpy as np
 from numba import cuda
 
 from gpu_etl import rows
-from gpu_etl.cuda_launch import (
-    THREADS,
-    blocks_for,
-    budget,
-    download,
-    empty,
-    fetch,
-    launch,
-    sorted_places,
-    upload_array,
-)
+from gpu_etl.cuda_kernel import blocks_for, kernel
+from gpu_etl.cuda_launch import Input, Mark, Memory, fetch, launch, sorted_places, stream
+from gpu_etl.cuda_new_keys import zero
+from gpu_etl.cuda_rows import VALUES, Rows, scan
 from gpu_etl.memory import Reused
 from gpu_etl.schema import COLUMNS, FIRST_SPARSE, RECORD_DTYPE, SPARSE
 from gpu_etl.shuffle import NUMBER_WORDS, bucket_of, key_of, start_of_keys
-from gpu_etl.spill import NUMBERED
+from gpu_etl.spill import DAY_SHIFT, NUMBERED
 
-FINISH_BYTES = 2 * NUMBERED.itemsize + 4 * 8  # of a row: coded, record, number, key, shift, place
+WORDS = NUMBER_WORDS + COLUMNS  # of a numbered row
+TILE = 32  # rows that a block turns from columns into rows at a time
+DAY_OF_HIGH_WORD = DAY_SHIFT - 32
+WORDS_, PLACES = "uint32[:, ::1]", "int64[::1]"
 
 
-@cuda.jit
-def _count_buckets(start, first_row, buckets, places, counts):
+@kernel("uint64", "int64", "int64", "int64", "int32[::1]", "int32[::1]")
+def _count_buckets(start, first_row, count, buckets, places, counts):
     """counts[b] = rows of bucket b; places[row] = its bucket."""
     row = cuda.grid(1)
-    if row < len(places):
+    if row < count:
         bucket = bucket_of(key_of(start, first_row + row), buckets)
         places[row] = bucket
         cuda.atomic.add(counts, bucket, 1)
 
 
-@cuda.jit
-def _take_places(places, begins):
-    """places[row]: its bucket -> a place of its own in that bucket. Rows of a bucket may come in any order."""
+@kernel("int32[::1]", "int32[::1]", "int64")
+def _take_places(places, begins, count):
+    """places[row]: its bucket -> a place of its own in that bucket, whose begin moves to its end. Rows of a bucket may
+    come in any order."""
     row = cuda.grid(1)
-    if row < len(places):
+    if row < count:
         places[row] = cuda.atomic.add(begins, places[row], 1)
 
 
-@cuda.jit
-def _scatter(values, first_row, places, words):
-    """words[places[row]] = number and row: as shuffle._scatter. Thread i of the grid's y-th row writes word y."""
-    row, word = cuda.grid(1), cuda.blockIdx.y
-    if row < len(places):
-        number = first_row + row
-        if word == 0:
-            words[places[row], 0] = number & 0xFFFFFFFF
-        elif word == 1:
-            words[places[row], 1] = number >> 32
-        else:
-            words[places[row], word] = values[row, word - NUMBER_WORDS]
+@kernel(VALUES, "int64", "int64", "int32[::1]", "int64", WORDS_, "int64")
+def _to_rows(values, count, first_row, places, in_places, words, place):
+    """words[place + i]: row i of values behind its number first_row + i, low half first; at words[place + places[i]]
+    where in_places is 1. Block b turns rows TILE b on in shared memory, so that both sides are touched in runs."""
+    tile = cuda.shared.array((TILE, WORDS), np.uint32)
+    begin = cuda.blockIdx.x * TILE
+    here = min(TILE, count - begin)
+    for i in range(cuda.threadIdx.x, TILE * COLUMNS, cuda.blockDim.x):
+        row, column = i % TILE, i // TILE
+        if row < here:
+            tile[row, NUMBER_WORDS + column] = values[begin + row, column]
+    for row in range(cuda.threadIdx.x, here, cuda.blockDim.x):
+        number = first_row + begin + row
+        tile[row, 0] = number & rows.UINT32_MASK
+        tile[row, 1] = number >> 32
+    cuda.syncthreads()
+    for i in range(cuda.threadIdx.x, here * WORDS, cuda.blockDim.x):
+        row, word = i // WORDS, i % WORDS
+        to = begin + row
+        if in_places:
+            to = np.int64(places[begin + row])
+        words[place + to, word] = tile[row, word]
+
+
+def tiles_for(count: int) -> int:
+    """Blocks of _to_rows that hold so many rows; at least 1."""
+    return max(1, -(-count // TILE))
+
+
+class _Grouper:
+    """What group() and rows_of() work in: made once a process."""
+
+    def __init__(self):
+        self._places, self._counts = Memory("slab", np.int32), Memory("slab", np.int32)
+        self._total, self._words = Memory("slab", np.int64), Memory("coded rows", np.uint32, WORDS)
+        self._copied = [Mark(), Mark()]
+
+    def number(self, values: Rows, first_row: int, seed: int = 0, buckets: int = 0):
+        """The numbered rows of a slab on the device, uint32 [n, 42], by bucket where there are any."""
+        count, room = len(values), values.values.shape[0]
+        self._copied[0].hold("compute")
+        words, places = self._words.take(room), self._places.take(room)
+        if buckets:
+            counts, total = self._counts.take(buckets), self._total.take(1)
+            launch(zero, blocks_for(buckets), counts, buckets)
+            start = int(start_of_keys(np.uint64(seed % 2**64)))
+            launch(_count_buckets, blocks_for(count), start, first_row, count, buckets, places, counts)
+            launch(scan, 1, counts, buckets, 0, total)
+            launch(_take_places, blocks_for(count), places, counts, count)
+        launch(_to_rows, tiles_for(count), values.values, count, first_row, places, int(buckets > 0), words, 0)
+        return words[:count]
+
+    def fetch(self, words, host: np.ndarray, ends: np.ndarray) -> Callable[[], None]:
+        """Start to bring them to the host, and where the buckets end, int32 [buckets]; returns what waits for it."""
+        self._copied.reverse()
+        wait = fetch(words, host, self._copied[0])
+        if len(ends):
+            self._counts.array[: len(ends)].copy_to_host(ends, stream=stream("down"))
+            self._copied[0].put("down")
+        return wait
+
+
+_grouper = _Grouper()
+
+
+def _words_of(numbered: np.ndarray) -> np.ndarray:
+    return numbered.view(np.uint32).reshape(len(numbered), WORDS)
 
 
 def group(
-    values, first_row: int, seed: int, buckets: int, memory: Reused
+    values: Rows, first_row: int, seed: int, buckets: int, memory: Reused
 ) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
     """Brings a coded slab's rows by bucket to the host: see cpu.group; only the order within a bucket is another."""
-    n = len(values)
-    numbered = memory.empty((n,), NUMBERED)
-    if not n:
+    count, end_bytes = len(values), -(-buckets * 4 // NUMBERED.itemsize) * NUMBERED.itemsize
+    together = memory.empty((count + end_bytes // NUMBERED.itemsize,), NUMBERED)
+    numbered, ends = together[:count], together[count:].view(np.int32)[:buckets]
+    if not count:
         return lambda: (numbered, np.zeros(buckets, np.int64))
-    places, counts = empty(n, np.int64), upload_array(np.zeros(buckets, np.int32))
-    start = start_of_keys(np.uint64(seed % 2**64))
-    launch(_count_buckets, blocks_for(n), start, first_row, buckets, places, counts)
-    ends = np.cumsum(download(counts).astype(np.int64))
-    launch(_take_places, blocks_for(n), places, upload_array(np.concatenate([[0], ends[:-1]])))
-    words = empty((n, NUMBER_WORDS + COLUMNS), np.uint32)
-    launch(_scatter, (blocks_for(n), NUMBER_WORDS + COLUMNS), values, first_row, places, words)
-    wait = fetch(words, numbered.view(np.uint32).reshape(n, -1))
+    wait = _grouper.fetch(_grouper.number(values, first_row, seed, buckets), _words_of(numbered), ends)
 
     def arrived() -> tuple[np.ndarray, np.ndarray]:
         wait()
-        return numbered, ends
+        return numbered, ends.astype(np.int64)
 
     return arrived
 
 
-def rows_of(values, memory: Reused) -> Callable[[], np.ndarray]:
+def rows_of(values: Rows, memory: Reused) -> Callable[[], np.ndarray]:
     """Brings a coded slab to the host as rows: see cpu.rows_of."""
-    columns = memory.empty(values.shape[::-1], np.uint32).T
-    wait = fetch(values, columns) if len(values) else lambda: None
+    words = _words_of(memory.empty((len(values),), NUMBERED))
+    nothing = np.empty(0, np.int32)
+    wait = _grouper.fetch(_grouper.number(values, 0), words, nothing) if len(values) else None
 
     def arrived() -> np.ndarray:
-        wait()
-        return np.ascontiguousarray(columns.view(RECORD_DTYPE))
+        if wait is not None:
+            wait()
+        return np.ascontiguousarray(words[:, NUMBER_WORDS:].view(RECORD_DTYPE))
 
     return arrived
 
 
-@cuda.jit
-def _keys(start, numbers, keys):
-    row = cuda.grid(1)
-    if row < len(numbers):
-        keys[row] = key_of(start, numbers[row])
+@kernel("uint64", WORDS_, "int64", "int64", "uint64[::1]", "int64")
+def _keys(start, words, begin, count, keys, place):
+    """keys[place + i] = sort key of the numbered row begin + i."""
+    i = cuda.grid(1)
+    if i < count:
+        number = np.int64(words[begin + i, 1]) << 32 | np.int64(words[begin + i, 0])
+        keys[place + i] = key_of(start, number)
 
 
-def shuffled(numbers: np.ndarray, seed: int):
-    """The order of rows with these numbers, int64 [n] on the host, by their keys: places int64 [n] on the device."""
-    if not len(numbers):
-        return empty(0, np.int64)
-    keys = empty(len(numbers), np.uint64)
-    start = start_of_keys(np.uint64(seed % 2**64))
-    launch(_keys, blocks_for(len(numbers)), start, upload_array(np.ascontiguousarray(numbers)), keys)
-    return sorted_places(keys)
-
-
-@cuda.jit
-def _finish(coded, order, shifts, ids, base, records):
-    """Thread i of the grid's y-th row writes column y of record i. coded: words of numbered rows, or rows."""
-    i, column = cuda.grid(1), cuda.blockIdx.y
-    if i < len(order):
-        row = order[i]
-        value = np.int64(coded[row, coded.shape[1] - COLUMNS + column])
+@kernel(WORDS_, "int64", PLACES, "int64", "int64", "int64", "int64", PLACES, "int32[::1]", PLACES, "int32[:, ::1]")
+def _finish(words, first, order, in_order, begin, count, day, shifts, ids, base, records):
+    """records[i] = row order[begin + i] of words, or row first + begin + i where they stay in_order; the last 40 words
+    of a row are a coded one. shifts: of its day, or of that in its number where day is -1. A thread a value:
+    neighbours read and write neighbours."""
+    thread = cuda.grid(1)
+    i, column = thread // COLUMNS, thread % COLUMNS
+    if i < count:
+        row = first + begin + i
+        if in_order == 0:
+            row = order[begin + i]
+        value = np.int64(np.int32(words[row, words.shape[1] - COLUMNS + column]))
         if column >= FIRST_SPARSE:
             records[i, column] = ids[base[column - FIRST_SPARSE] + value]
         elif column > 0:
-            records[i, column] = rows.dense_value(value, False, shifts[row], 0)
+            of = day
+            if day < 0:
+                of = np.int64(words[row, 1]) >> DAY_OF_HIGH_WORD
+            records[i, column] = rows.dense_value(value & rows.UINT32_MASK, False, shifts[of], 0)
         else:
             records[i, column] = value
 
 
+class _Room:
+    """What finishers work in, one after the other: made once a process."""
+
+    def __init__(self):
+        name = "rows to encode"
+        self.rows = {width: [Memory(name, np.uint32, width) for _ in range(2)] for width in (COLUMNS, WORDS)}
+        self.arrived = {width: [Mark(), Mark()] for width in (COLUMNS, WORDS)}
+        self.used, self.keys, self.none = Mark(), Memory(name, np.uint64), Memory(name, np.int64)
+        self.records, self.copied = [Memory("records", RECORD_DTYPE, COLUMNS) for _ in range(2)], [Mark(), Mark()]
+
+
+_room = _Room()
+
+
 class Finisher:
-    """See cpu.Finisher; ids lie on the device, and the rows taken."""
+    """See cpu.Finisher; ids lie on the device, and the rows taken, of one finisher at a time."""
 
-    def __init__(self, ids: tuple[np.ndarray, ...]):
+    def __init__(self, ids: tuple[np.ndarray, ...], shifts: np.ndarray):
         assert len(ids) == SPARSE
-        budget.take("ids", sum(column.nbytes for column in ids))
-        self._ids = upload_array(np.concatenate(ids))
-        self._base = upload_array(np.cumsum([0] + [len(column) for column in ids[:-1]]))
+        self._ids, self._base, self._shifts = Input("ids", np.int32), Input("ids", np.int64), Input("ids", np.int64)
+        self._fixed = (
+            self._shifts.put(shifts), self._ids.put(np.concatenate(ids)),
+            self._base.put(np.cumsum([0] + [len(column) for column in ids[:-1]])),
+        )  # fmt: skip
+    def take(self, coded: np.ndarray, day: int) -> Callable[[], None]:
+        """See cpu.Finisher."""
+        wait = self._upload(coded)
+        self._first, self._day, self._order = 0, day, None
+        return wait
 
-    def take(self, coded: np.ndarray, shifts: np.ndarray, order=None) -> None:
-        """See cpu.Finisher; order: of shuffled()."""
-        budget.take("rows to encode", FINISH_BYTES * len(coded))
-        self._coded, self._shifts = upload_array(coded), upload_array(shifts)
-        self._order = upload_array(np.arange(len(coded))) if order is None else order
+    def take_shuffled(self, numbered: np.ndarray, seed: int) -> Callable[[], None]:
+        """See cpu.Finisher."""
+        wait = self._upload(_words_of(numbered))
+        self.take_there(self._words, [(0, len(numbered))], seed)
+        return wait
+
+    def take_there(self, words, ranges: list[tuple[int, int]], seed: int) -> None:
+        """Take numbered rows that are on the device, uint32 [n, 42]: shuffled, those of some ranges (begin, end)."""
+        count = sum(end - begin for begin, end in ranges)
+        keys = _room.keys.take(max(1, count))
+        start, place = int(start_of_keys(np.uint64(seed % 2**64))), 0
+        for begin, end in ranges:
+            launch(_keys, blocks_for(end - begin), start, words, begin, end - begin, keys, place)
+            place += end - begin
+        self._words, self._first, self._day = words, 0, -1
+        self._order = sorted_places(keys, count) if count else _room.none.take(1)
+
+    def take_range(self, words, begin: int) -> None:
+        """Take numbered rows that are on the device, uint32 [n, 42]: from row `begin` on, in their order."""
+        self._words, self._first, self._day, self._order = words, begin, -1, None
+
+    def _upload(self, rows_: np.ndarray) -> Callable[[], None]:
+        """Start to bring rows to the device; returns what waits until their memory on the host is free again."""
+        count, width = rows_.shape
+        rooms, arrived = _room.rows[width], _room.arrived[width]
+        rooms.reverse(), arrived.reverse()
+        _room.used.hold("up")
+        self._words = rooms[0].take(count)
+        if count:
+            self._words[:count].copy_to_device(rows_.view(np.uint32), stream=stream("up"))
+        arrived[0].put("up").hold("compute")
+        return arrived[0].wait
 
     def finish(self, begin: int, end: int, records: np.ndarray) -> Callable[[], np.ndarray]:
         """See cpu.Finisher."""
         if begin == end:
             return lambda: records
-        found = empty(records.shape, RECORD_DTYPE)
-        grid = math.ceil((end - begin) / THREADS), COLUMNS
-        launch(_finish, grid, self._coded, self._order[begin:end], self._shifts, self._ids, self._base, found)
-        wait = fetch(found, records)
+        _room.records.reverse(), _room.copied.reverse()
+        _room.copied[0].hold("compute")
+        count, found = end - begin, _room.records[0].take(end - begin)
+        order, in_order = (_room.none.take(1), 1) if self._order is None else (self._order, 0)
+        launch(
+            _finish, blocks_for(count * COLUMNS), self._words, self._first, order, in_order, begin, count, self._day,
+            *self._fixed, found,
+        )  # fmt: skip
+        _room.used.put("compute")
+        wait = fetch(found[:count], records, _room.copied[0])
 
         def arrived() -> np.ndarray:
             wait()

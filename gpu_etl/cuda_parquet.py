@@ -5,6 +5,7 @@ Values, missing fields and faults are those of parquet.py. Strings go through th
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -12,12 +13,23 @@ import pyarrow.parquet as pq
 from numba import cuda
 
 from gpu_etl import rows
-from gpu_etl.cuda_launch import Behind, blocks_for, budget, download, empty, launch, stream, upload_array
-from gpu_etl.cuda_rows import SLAB_FACTOR
+from gpu_etl.cuda_kernel import Kernel, blocks_for, kernel
+from gpu_etl.cuda_launch import Mark, Memory, budget, device_array, download, launch, stream
+from gpu_etl.cuda_rows import (
+    BAD,
+    COUNTERS,
+    MISSING,
+    ROWS,
+    VALUES,
+    Rows,
+    Table,
+    parser,
+    summarize_on_device,
+)
 from gpu_etl.errors import DataError
 from gpu_etl.extract import Source
 from gpu_etl.parquet import INT32_MIN, ROW_BYTES, describe_row
-from gpu_etl.schema import COLUMNS, FIRST_SPARSE
+from gpu_etl.schema import FIRST_SPARSE
 
 PASS_FACTOR = 4  # packed and decoded pages that libcudf holds at a time, per byte of what it gives out; a soft limit
 
@@ -32,12 +44,11 @@ class Field(NamedTuple):
     valid: object
 
 
-@cuda.jit
-def _parse_strings(data, offsets, valid, column, values, missing, faults, bad):
+def _parse_strings(data, offsets, valid, column, values, missing, faults, numbers):
     """One thread a row, as the two kernels below: values[row, column], bit `column` of missing[row], the row's first
     fault. Moves 8 bytes of digits and 4 + 4 of offset and value a row."""
     row = cuda.grid(1)
-    if row < len(missing):
+    if row < numbers[ROWS]:
         begin, end = np.int64(offsets[row]), np.int64(offsets[row + 1])
         if begin == end or not rows.is_valid(valid, row):
             rows.put_empty(row, column, values, missing)
@@ -46,14 +57,13 @@ def _parse_strings(data, offsets, valid, column, values, missing, faults, bad):
             values[row, column] = value
             if kind and not faults[row]:
                 faults[row] = kind * rows.FAULT_STRIDE + column
-                cuda.atomic.add(bad, 0, 1)
+                cuda.atomic.add(numbers, BAD, 1)
 
 
-@cuda.jit
-def _parse_integers(data, valid, column, least, most, fault, values, missing, faults, bad):
+def _parse_integers(data, valid, column, least, most, fault, values, missing, faults, numbers):
     """`fault`: the kind of numbers below `least` or above `most`; of a null, too, where it is a label's."""
     row = cuda.grid(1)
-    if row < len(missing):
+    if row < numbers[ROWS]:
         is_valid, kind = rows.is_valid(valid, row), 0
         if is_valid:
             number = data[row]
@@ -66,14 +76,13 @@ def _parse_integers(data, valid, column, least, most, fault, values, missing, fa
                 kind = fault
         if kind and not faults[row]:
             faults[row] = kind * rows.FAULT_STRIDE + column
-            cuda.atomic.add(bad, 0, 1)
+            cuda.atomic.add(numbers, BAD, 1)
 
 
-@cuda.jit
-def _parse_floats(data, valid, column, values, missing, faults, bad):
+def _parse_floats(data, valid, column, values, missing, faults, numbers):
     """Integers with gaps as pandas keeps them: NaN is a gap too."""
     row = cuda.grid(1)
-    if row < len(missing):
+    if row < numbers[ROWS]:
         number = np.float64(data[row])
         if not rows.is_valid(valid, row) or number != number:
             rows.put_empty(row, column, values, missing)
@@ -82,25 +91,48 @@ def _parse_floats(data, valid, column, values, missing, faults, bad):
             values[row, column] = value & rows.UINT32_MASK
             if kind and not faults[row]:
                 faults[row] = kind * rows.FAULT_STRIDE + column
-                cuda.atomic.add(bad, 0, 1)
+                cuda.atomic.add(numbers, BAD, 1)
 
 
-def parse_fields(fields: Sequence[Field], count: int):
-    """Parse 40 columns of `count` rows. Returns values uint32 [n, 40] and missing uint64 [n] on the device, faults
+_FOUND = VALUES, MISSING, "int32[::1]", COUNTERS
+_LIMITS = "int64", "int64", "int64"
+
+
+@cache
+def kernel_of(data: str, offsets: str | None = None) -> Kernel:
+    """The kernel that parses a column of this type: one each, as a declared kernel takes no other."""
+    if offsets is not None:
+        return Kernel(_parse_strings, ("uint8[::1]", f"{offsets}[::1]", "uint8[::1]", "int64", *_FOUND))
+    if np.dtype(data).kind == "f":
+        return Kernel(_parse_floats, (f"{data}[::1]", "uint8[::1]", "int64", *_FOUND))
+    return Kernel(_parse_integers, (f"{data}[::1]", "uint8[::1]", "int64", *_LIMITS, *_FOUND))
+
+
+@kernel(MISSING, "int32[::1]", "int64")
+def _blank(missing, faults, count):
+    """No row has an empty field or a fault so far."""
+    row = cuda.grid(1)
+    if row < count:
+        missing[row], faults[row] = 0, 0
+
+
+_table, _faults = Table("parsed rows"), Memory("slab", np.int32)
+
+
+def parse_fields(fields: Sequence[Field], count: int) -> tuple[Rows, object, np.ndarray]:
+    """Parse 40 columns of `count` rows. Returns the rows, until the next call, and their missing on the device, faults
     int32 [n] on the host."""
-    values, bad = empty((count, COLUMNS), np.uint32, "F"), upload_array(np.zeros(1, np.int32))
-    missing, faults = upload_array(np.zeros(count, np.uint64)), upload_array(np.zeros(count, np.int32))
+    made, faults, numbers = _table.take(count), _faults.take(count), parser.numbers.begin(count)
+    launch(_blank, blocks_for(count), made.missing, faults, count)
     for column, (data, offsets, valid) in enumerate(fields):
-        found = values, missing, faults, bad
-        if offsets is not None:
-            launch(_parse_strings, blocks_for(count), data, offsets, valid, column, *found)
-        elif np.dtype(data.dtype).kind == "f":
-            launch(_parse_floats, blocks_for(count), data, valid, column, *found)
-        else:
-            least, most, fault = _limits(column)
-            launch(_parse_integers, blocks_for(count), data, valid, column, least, most, fault, *found)
-    some_bad = bool(download(bad)[0])
-    return values, missing, download(faults) if some_bad else np.zeros(count, np.int32)
+        limits = () if offsets is not None or np.dtype(data.dtype).kind == "f" else _limits(column)
+        kernel_ = kernel_of(str(data.dtype), None if offsets is None else str(offsets.dtype))
+        arrays = (data, valid) if offsets is None else (data, offsets, valid)
+        launch(kernel_, blocks_for(count), *arrays, column, *limits, made.values, made.missing, faults, numbers)
+    summarize_on_device(made, numbers, count)
+    _, bad, summary = parser.numbers.read()
+    made.summary = None if bad else summary
+    return made, made.missing, download(faults[:count]) if bad else np.zeros(count, np.int32)
 
 
 def _limits(column: int) -> tuple[int, int, int]:
@@ -119,15 +151,14 @@ class DeviceSlab:
     source: Source
     count: int
     fields: Sequence[Field] | None
-    decoded: Behind
+    decoded: Mark
 
     def prepare(self, kernels) -> None:
         """Nothing to do: the rows are decoded."""
 
     def parse(self, kernels, memory):
         """See extract.Slab."""
-        budget.take("a slab's buffers", SLAB_FACTOR * ROW_BYTES * self.count)
-        self.decoded.wait("compute")
+        self.decoded.hold("compute")
         return parse_fields(self.fields, self.count)
 
     def release(self) -> None:
@@ -153,7 +184,7 @@ def _array(span, count: int, dtype):
     """`count` items of a libcudf buffer, which may be missing where there are none."""
     dtype = np.dtype(dtype)
     if span is None or not count:
-        return empty(count, dtype)
+        return device_array(count, dtype)
     return cuda.as_cuda_array(_View(span, span.ptr, count, dtype), sync=False)
 
 
@@ -171,7 +202,7 @@ def _field(column) -> Field:
             _array(offsets.data(), count + 1, width), valid,
         )  # fmt: skip
     if column.null_count() == count:
-        return Field(empty(count, np.int8), None, valid)
+        return Field(device_array(count, np.int8), None, valid)
     return Field(_array(column.data(), count, np.uint8 if kind == "BOOL8" else kind.lower()), None, valid)
 
 
@@ -202,12 +233,14 @@ def _decoded(source: Source, slab_bytes: int, skip: int) -> Iterator[tuple[list[
 def parquet_slabs(file: pq.ParquetFile, source: Source, day: int, slab_bytes: int, skip: int) -> Iterator[DeviceSlab]:
     """See parquet.read_parquet. libcudf chooses how many rows a slab has, by its bytes: ROW_BYTES a row of text are
     about as many on the device."""
-    end = skip
+    end, held = skip, 0
     if end == file.metadata.num_rows:
         return
     for fields, count, size in _decoded(source, max(slab_bytes, ROW_BYTES), skip):
-        budget.take("Parquet columns", 2 * size)  # those being parsed, and the next ones
+        budget.take("Parquet columns", 2 * size - held)  # those being parsed, and the next ones
+        held = 2 * size
         end += count
-        yield DeviceSlab(day, end, source, count, fields, Behind("read"))
+        yield DeviceSlab(day, end, source, count, fields, Mark().put("read"))
+    budget.take("Parquet columns", -held)
     if end != file.metadata.num_rows:
         raise DataError(f"{source.path}: {file.metadata.num_rows} rows by its footer, {end} read; fetch it again")

@@ -1,134 +1,321 @@
-"""Text -> parsed rows on a GPU: the text goes up while earlier text is computed on, newlines are found, rows parsed."""
+"""Text -> parsed rows on a GPU: the text goes up while earlier text is computed on, newlines are found, rows parsed.
+
+The kernels of a slab find its rows by themselves: how many there are is read from the device's memory, so that the host
+waits once a slab, for the rows, the faults and the slab's statistics together.
+"""
+
+import threading
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numba import cuda
 
 from gpu_etl import rows
-from gpu_etl.cuda_launch import (
-    THREADS,
-    Upload,
-    blocks_for,
-    budget,
-    download,
-    empty,
-    launch,
-    stream,
-    text_room,
-    upload_array,
-)
-from gpu_etl.memory import Pool, Reused
-from gpu_etl.schema import COLUMNS
+from gpu_etl.cuda_kernel import THREADS, blocks_for, kernel
+from gpu_etl.cuda_launch import Mark, Memory, Output, budget, device_array, download, launch, stream
+from gpu_etl.jit import compiled as device_function
+from gpu_etl.memory import Reused
+from gpu_etl.rows import INT32_MAX
+from gpu_etl.schema import COLUMNS, FIRST_SPARSE
+from gpu_etl.tally import Summary
 
-# Bytes per byte of a slab's text: row ends, values, missing and faults; new slots when it is coded; places and numbered
-# rows when it is grouped, and those of the slab before, which are still on their way to the host. Rows have 200 bytes
-# or more.
-SLAB_FACTOR = 4
-CHUNK_WORDS = 16  # of 8 bytes, of one thread in the newline scan
+CHUNK = 128  # bytes of text of one thread in the newline scan
+ROW_BYTES = 128  # room for rows is made as if none was shorter; where more come, it grows
+SUMMARY_BLOCKS = 64  # a column
+# A slab's numbers on the device, int64: rows, rows with a fault, empty fields by column, labels, the smallest integer.
+ROWS, BAD, EMPTY, CLICKS, SMALLEST = 0, 1, 2, 2 + COLUMNS, 3 + COLUMNS
+NUMBERS = 4 + COLUMNS
+
+TEXT, VALUES, MISSING, COUNTERS = "uint8[::1]", "uint32[::1, :]", "uint64[::1]", "int64[::1]"
 
 
-@cuda.jit
-def _count_newlines(text, counts):
-    """counts[b] += newlines in the text of block b: THREADS chunks of CHUNK_WORDS * 8 bytes. Reads each byte once."""
-    begin = cuda.grid(1) * CHUNK_WORDS * 8
+@kernel("int64", COUNTERS)
+def _begin(count, numbers):
+    """Set a slab's numbers for `count` rows without faults. One block."""
+    for i in range(cuda.threadIdx.x, NUMBERS, cuda.blockDim.x):
+        value = 0
+        if i == ROWS:
+            value = count
+        elif i == SMALLEST:
+            value = INT32_MAX
+        numbers[i] = value
+
+
+@kernel(TEXT, "int64", "int32[::1]")
+def _count_newlines(text, size, counts):
+    """counts[b] = newlines in the text of block b: THREADS chunks of CHUNK bytes. Reads each byte once."""
+    together = cuda.shared.array(1, np.int32)
+    if cuda.threadIdx.x == 0:
+        together[0] = 0
+    cuda.syncthreads()
+    begin = cuda.grid(1) * CHUNK
     found = 0
-    for position in range(begin, min(begin + CHUNK_WORDS * 8, len(text))):
+    for position in range(begin, min(begin + CHUNK, size)):
         found += rows.byte_at(text, position) == rows.NEWLINE
     if found:
-        cuda.atomic.add(counts, cuda.blockIdx.x, found)
-
-
-@cuda.jit
-def _write_newlines(text, begins, ends):
-    """ends[begins[b] + i] = position of newline i of block b's text, as in _count_newlines."""
-    before = cuda.shared.array(THREADS, np.int32)
-    thread = cuda.threadIdx.x
-    begin = cuda.grid(1) * CHUNK_WORDS * 8
-    end = min(begin + CHUNK_WORDS * 8, len(text))
-    found = 0
-    for position in range(begin, end):
-        found += rows.byte_at(text, position) == rows.NEWLINE
-    before[thread] = found
+        cuda.atomic.add(together, 0, found)
     cuda.syncthreads()
-    # Sums of all threads up to this one, by doubling steps (Hillis, Steele 1986).
+    if cuda.threadIdx.x == 0:
+        counts[cuda.blockIdx.x] = together[0]
+
+
+@device_function
+def _sum_before(mine, shared):
+    """Sum of `mine` of the block's threads before this one, by doubling steps (Hillis, Steele 1986)."""
+    thread = cuda.threadIdx.x
+    shared[thread] = mine
+    cuda.syncthreads()
     step = 1
     while step < THREADS:
         more = 0
         if thread >= step:
-            more = before[thread - step]
+            more = shared[thread - step]
         cuda.syncthreads()
-        before[thread] += more
+        shared[thread] += more
         cuda.syncthreads()
         step *= 2
-    place = begins[cuda.blockIdx.x] + before[thread] - found
+    return shared[thread] - mine
+
+
+@kernel("int32[::1]", "int64", "int64", COUNTERS)
+def scan(counts, count, more, total):
+    """counts[i] = sum of those before it, of `count`; total[0] = sum of all + more. One block."""
+    shared = cuda.shared.array(THREADS, np.int32)
+    thread = cuda.threadIdx.x
+    share = (count + THREADS - 1) // THREADS
+    begin, end = min(thread * share, count), min((thread + 1) * share, count)
+    mine = 0
+    for i in range(begin, end):
+        mine += counts[i]
+    before = _sum_before(mine, shared)
+    for i in range(begin, end):
+        here = counts[i]
+        counts[i] = before
+        before += here
+    if thread == THREADS - 1:
+        total[0] = before + more
+
+
+@kernel(TEXT, "int64", "int32[::1]", "int64", COUNTERS, "int64[::1]", "int64")
+def _write_newlines(text, size, begins, open_ended, numbers, ends, room):
+    """ends[begins[b] + i] = position of newline i of block b's text, as in _count_newlines, where there is room; the
+    last row's, where it has none (open_ended), is the text's end."""
+    shared = cuda.shared.array(THREADS, np.int32)
+    begin = cuda.grid(1) * CHUNK
+    end = min(begin + CHUNK, size)
+    found = 0
+    for position in range(begin, end):
+        found += rows.byte_at(text, position) == rows.NEWLINE
+    place = begins[cuda.blockIdx.x] + _sum_before(found, shared)
     for position in range(begin, end):
         if rows.byte_at(text, position) == rows.NEWLINE:
-            ends[place] = position
+            if place < room:
+                ends[place] = position
             place += 1
+    if open_ended and cuda.grid(1) == 0 and numbers[ROWS] <= room:
+        ends[numbers[ROWS] - 1] = size
 
 
-@cuda.jit
-def _parse(text, ends, values, missing, faults, bad):
-    """One thread a row; rows.parse_row does the work. bad[0] += rows with a fault. Moves about 250 B of text in and
-    172 B out a row."""
+@kernel(TEXT, "int64[::1]", VALUES, MISSING, "int32[::1]", COUNTERS, "int64")
+def _parse(text, ends, values, missing, faults, numbers, room):
+    """One thread a row; rows.parse_row does the work. Moves about 250 B of text in and 172 B out a row."""
     row = cuda.grid(1)
-    if row < len(ends):
+    if row < min(numbers[ROWS], room):
         begin = 0
         if row > 0:
             begin = ends[row - 1] + 1
         fault = rows.parse_row(text, begin, ends[row], row, values, missing)
         faults[row] = fault
         if fault:
-            cuda.atomic.add(bad, 0, 1)
+            cuda.atomic.add(numbers, BAD, 1)
 
 
-_rooms = Pool(text_room)
+@kernel(VALUES, MISSING, COUNTERS, "int64")
+def _summarize(values, missing, numbers, room):
+    """Block (b, c) looks at a part of column c: numbers[EMPTY + c] += empty ones, numbers[CLICKS] += labels,
+    numbers[SMALLEST]: the smallest integer. One or two atomics a thread."""
+    column, empty_ones, clicks, least = cuda.blockIdx.y, 0, 0, np.int64(INT32_MAX)
+    for row in range(cuda.grid(1), min(numbers[ROWS], room), cuda.gridDim.x * cuda.blockDim.x):
+        is_empty = rows.is_missing(missing[row], column)
+        empty_ones += is_empty
+        if column == 0:
+            clicks += np.int64(values[row, 0])
+        elif column < FIRST_SPARSE:
+            least = min(least, rows.signed32(np.int64(values[row, column])))
+    if empty_ones:
+        cuda.atomic.add(numbers, EMPTY + column, empty_ones)
+    if clicks:
+        cuda.atomic.add(numbers, CLICKS, clicks)
+    if least < numbers[SMALLEST]:
+        cuda.atomic.min(numbers, SMALLEST, least)
 
 
-def take_room(size: int):
-    """Device memory for text, uint8 [size or more], which parse() or give_room() takes back."""
-    return _rooms.take(1 << (size - 1).bit_length())
+@dataclass
+class Rows:
+    """`count` parsed rows on the device, in the first ones of values uint32 [room, 40], column-major, and missing
+    uint64 [room]; summary: of these very rows, where it is known."""
+
+    values: Any
+    missing: Any
+    count: int
+    summary: Summary | None = None
+
+    def __len__(self) -> int:
+        return self.count
 
 
-def give_room(room) -> None:
-    """Take back what take_room() gave; nothing on the device may read it any more."""
-    _rooms.give(room)
+class Table:
+    """Device memory for the rows of a slab, used again."""
+
+    def __init__(self, name: str):
+        self._values, self._missing = Memory(name, np.uint32, COLUMNS, "F"), Memory(name, np.uint64)
+
+    def take(self, count: int) -> Rows:
+        """Room for so many rows; those of the call before are gone."""
+        room = self._values.take(count)
+        return Rows(room, self._missing.take(self._values.items), count)
 
 
-def find_rows(text: np.ndarray) -> Upload | None:
-    """Start to bring a slab of text, uint8 [bytes] in pinned memory, to the device, where parse finds its rows.
+@dataclass
+class _Numbers:
+    """A slab's numbers, on the device and on their way to the host."""
+
+    device: Memory = field(default_factory=lambda: Memory("slab", np.int64))
+    host: Output = field(default_factory=lambda: Output(np.int64))
+
+    def begin(self, count: int):
+        """The array, set for `count` rows."""
+        numbers = self.device.take(NUMBERS)
+        launch(_begin, 1, count, numbers)
+        return numbers
+
+    def read(self) -> tuple[int, int, Summary]:
+        """Rows, rows with faults, and the summary; waits for the kernels launched so far."""
+        rows_, bad, *empty, clicks, smallest = self.host.get(self.device.take(NUMBERS))().tolist()
+        return rows_, bad, Summary(clicks, empty, smallest)
+
+
+@dataclass
+class TextRoom:
+    """Device memory for the text of a slab, uint8 [size]; arrived: behind its copy; free: behind its last reader."""
+
+    bytes: Any
+    size: int
+    arrived: Mark = field(default_factory=Mark)
+    free: Mark = field(default_factory=Mark)
+
+
+class TextRooms:
+    """Rooms that threads which read ahead take, and the parser gives back."""
+
+    def __init__(self):
+        self._free: list[TextRoom] = []
+        self._lock = threading.Lock()
+
+    def take(self, size: int) -> TextRoom:
+        """A room of `size` bytes or more. Its memory may still be read on the device: see TextRoom.free."""
+        with self._lock:
+            for place, room in enumerate(self._free):
+                if room.size >= size:
+                    return self._free.pop(place)
+            if self._free:  # too small for what is read now, and never to be used again
+                small = self._free.pop()
+                small.free.wait()
+                budget.take("text", -small.size)
+                del small
+            size = 1 << (size - 1).bit_length()  # slabs differ by some bytes
+            budget.take("text", size)
+        return TextRoom(device_array(size, np.uint8), size)
+
+    def give(self, room: TextRoom) -> None:
+        """Give it back; nothing that starts later reads it."""
+        with self._lock:
+            self._free.append(room)
+
+
+text_rooms = TextRooms()
+
+
+@dataclass
+class DeviceText:
+    """Text on the device: its first `size` bytes are a slab's, from `begin` on; last: the last byte."""
+
+    room: TextRoom
+    size: int
+    last: int
+    begin: int = 0
+
+    @property
+    def bytes(self):
+        """The text and what there is behind it, uint8."""
+        return self.room.bytes[self.begin :] if self.begin else self.room.bytes
+
+
+def find_rows(text: np.ndarray) -> DeviceText | None:
+    """Start to bring a slab of text, uint8 [bytes] in pinned memory, to the device, where parse() finds its rows.
 
     The CPU's twin finds them; both run in the thread that reads ahead.
     """
-    return Upload(text, take_room(len(text))) if len(text) else None
+    if not len(text):
+        return None
+    room = text_rooms.take(len(text))
+    room.free.hold("up")
+    room.bytes[: len(text)].copy_to_device(text, stream=stream("up"))
+    room.arrived.put("up")
+    return DeviceText(room, len(text), int(text[-1]))
 
 
-def _rows_on_device(text, last: int):
-    """Row ends int64 [n] on the device, as cpu.find_rows gives them."""
-    blocks = blocks_for(-(-len(text) // (CHUNK_WORDS * 8)))
-    counts = upload_array(np.zeros(blocks, np.int32))
-    launch(_count_newlines, blocks, text, counts)
-    found = download(counts).astype(np.int64)
-    open_ended = last != rows.NEWLINE
-    ends = empty(int(found.sum()) + open_ended, np.int64)
-    launch(_write_newlines, blocks, text, upload_array(np.cumsum(found) - found), ends)
-    if open_ended:
-        ends[len(ends) - 1 :].copy_to_device(np.array([len(text)]), stream=stream("compute"))
-    return ends
+class _Parser:
+    """What parse() works in: made once a process."""
+
+    def __init__(self):
+        self.table, self.numbers = Table("parsed rows"), _Numbers()
+        self._counts, self._total = Memory("slab", np.int32), Memory("slab", np.int64)
+        self._ends, self._faults = Memory("slab", np.int64), Memory("slab", np.int32)
+
+    def parse(self, text: DeviceText) -> tuple[Rows, np.ndarray]:
+        """The rows of a text, and their faults."""
+        text.room.arrived.hold("compute")
+        blocks, open_ended = blocks_for(-(-text.size // CHUNK)), int(text.last != rows.NEWLINE)
+        numbers, counts, bytes_ = self.numbers.begin(0), self._counts.take(blocks), text.bytes
+        launch(_count_newlines, blocks, bytes_, text.size, counts)
+        launch(scan, 1, counts, blocks, open_ended, numbers)  # ROWS comes first in them
+        room = max(text.size // ROW_BYTES + 1, self._ends.items)
+        while True:
+            found, bad, summary = self._attempt(text, bytes_, blocks, open_ended, room)
+            if found <= room:
+                break
+            room = found
+            launch(_begin, 1, found, numbers)
+        text_rooms.give(text.room)
+        parsed = self.table.take(0)
+        parsed.count, parsed.summary = found, None if bad else summary
+        return parsed, download(self._faults.array[:found]) if bad else np.zeros(found, np.int32)
+
+    def _attempt(self, text: DeviceText, bytes_, blocks: int, open_ended: int, room: int) -> tuple[int, int, Summary]:
+        """Parse the rows of a text for which there is room; returns all rows, those with faults, and the summary."""
+        numbers, counts = self.numbers.device.array, self._counts.array
+        ends, faults, table = self._ends.take(room), self._faults.take(room), self.table.take(room)
+        launch(_write_newlines, blocks, bytes_, text.size, counts, open_ended, numbers, ends, room)
+        launch(_parse, blocks_for(room), bytes_, ends, table.values, table.missing, faults, numbers, room)
+        text.room.free.put("compute")
+        summarize_on_device(table, numbers, room)
+        return self.numbers.read()
 
 
-def parse(text: np.ndarray | None, uploaded: Upload | None, memory: Reused | None = None):
-    """Parse a slab of text that find_rows brought to the device (its copy on the host is not looked at). Returns values
-    and missing on the device, faults on the host."""
-    values = empty((0, COLUMNS), np.uint32, "F")
+def summarize_on_device(table: Rows, numbers, room: int) -> None:
+    """Add up in a slab's numbers what there is in its rows."""
+    launch(_summarize, (min(SUMMARY_BLOCKS, blocks_for(room)), COLUMNS), table.values, table.missing, numbers, room)
+
+
+parser = _Parser()
+
+
+def parse(text: np.ndarray | None, uploaded: DeviceText | None, memory: Reused | None = None):
+    """Parse a slab of text that find_rows brought to the device (its copy on the host is not looked at). Returns its
+    rows, until the next call, and their missing on the device, faults int32 [n] on the host."""
     if uploaded is None:
-        return values, empty(0, np.uint64), np.empty(0, np.int32)
-    budget.take("a slab's buffers", SLAB_FACTOR * len(uploaded.bytes))
-    uploaded.wait()
-    ends = _rows_on_device(uploaded.bytes, uploaded.last)
-    count = len(ends)
-    values, missing, faults = empty((count, COLUMNS), np.uint32, "F"), empty(count, np.uint64), empty(count, np.int32)
-    bad = upload_array(np.zeros(1, np.int32))
-    launch(_parse, blocks_for(count), uploaded.bytes, ends, values, missing, faults, bad)
-    some_bad = bool(download(bad)[0])  # waits for the kernel: the text's memory is free now
-    give_room(uploaded.room)
-    return values, missing, download(faults) if some_bad else np.zeros(count, np.int32)
+        return parser.table.take(0), parser.table.take(0).missing, np.empty(0, np.int32)
+    found, faults = parser.parse(uploaded)
+    return found, found.missing, faults

@@ -4,6 +4,7 @@ A value that repeats costs one look-up in a table of its column, and every later
 place: the codes of popular values are small, so what they index stays in the caches.
 """
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -129,9 +130,11 @@ class Dictionaries:
         """Count rows coded earlier: coded int32 [n, 40], their numbers int64 [n]."""
         list(self._pool.map(lambda d: _count_numbered(coded[:, d.column], row_numbers, d.stats), self._columns))
 
-    def new_keys(self) -> list[np.ndarray]:
-        """26 arrays uint32: values met for the first time since the last call, in the order of their codes."""
-        return [column.new_keys() for column in self._columns]
+    def new_keys(self) -> Callable[[], list[np.ndarray]]:
+        """What gives 26 arrays uint32: values met for the first time since the last call, in the order of their
+        codes."""
+        found = [column.new_keys() for column in self._columns]
+        return lambda: found
 
     def counts(self) -> Counts:
         """What was counted so far; values in the order of their codes, from code 1 on."""

@@ -16,7 +16,7 @@ from gpu_etl.prefetch import OneBehind, prefetch
 from gpu_etl.rows import INT32_MAX
 from gpu_etl.schema import COLUMNS, RECORD_DTYPE, Preset
 from gpu_etl.shuffle import Buckets, group
-from gpu_etl.spill import DAY_SHIFT, Spill, first_number, words_of
+from gpu_etl.spill import Spill, first_number
 
 SCATTER_ROWS = 1 << 15
 
@@ -56,9 +56,9 @@ class EncodePass:
         self, kernels: ModuleType, spill: Spill, buckets: Buckets, day_rows: list[int], shifts: np.ndarray,
         ids: tuple[np.ndarray, ...], table_sizes: list[int], form: str, journal: Journal, work: Path,
     ):  # fmt: skip
-        self._kernels, self._finisher = kernels, kernels.Finisher(ids)
+        self._kernels, self._finisher = kernels, kernels.Finisher(ids, shifts)
         self._spill, self._buckets = spill, buckets
-        self._day_rows, self._shifts = day_rows, shifts
+        self._day_rows = day_rows
         self._table_sizes, self._form, self._journal, self._work = table_sizes, form, journal, work
         self._memory = Reused(kernels.host_bytes), Reused(kernels.host_bytes)
         self._turn = 0
@@ -80,9 +80,9 @@ class EncodePass:
             for piece in pieces(self._day_rows, begin + done, end, self._kernels.ENCODE_ROWS)
         )
         with formats.SplitWriter(self._form, self._work, split, self._table_sizes, done) as writer:
-            with OneBehind() as writing:
-                for day, coded in prefetch(blocks):
-                    self._finisher.take(coded, np.full(len(coded), self._shifts[day]))
+            with OneBehind(self._kernels.enter_thread) as writing:
+                for day, coded in prefetch(blocks, initializer=self._kernels.enter_thread):
+                    self._finisher.take(coded, day)
                     finished = self._finish(0, len(coded), bar)
                     writing.submit(lambda finished=finished: writer.write(finished()))
             return writer.described()
@@ -102,12 +102,13 @@ class EncodePass:
                 self._buckets.remove(bucket)
 
         kernels, step = self._kernels, self._kernels.ENCODE_ROWS
-        buckets = self._buckets.whole(len(gathered), [Reused(kernels.host_bytes) for _ in range(3)])
+        memory = [Reused(kernels.host_bytes) for _ in range(3)]
+        buckets = self._buckets.whole(len(gathered), memory, kernels.enter_thread)
         with formats.SplitWriter(self._form, self._work, split, self._table_sizes, done) as writer:
-            with OneBehind() as writing:
+            with OneBehind(kernels.enter_thread) as writing:
                 for bucket, numbered in enumerate(buckets, len(gathered)):
-                    rows, order = len(numbered), kernels.shuffled(numbered["row"], self._buckets.seed)
-                    self._finisher.take(words_of(numbered), self._shifts[numbered["row"] >> DAY_SHIFT], order)
+                    rows = len(numbered)
+                    memory[bucket % len(memory)].hold(self._finisher.take_shuffled(numbered, self._buckets.seed))
                     for begin in range(0, max(1, rows), step):
                         finished = self._finish(begin, min(begin + step, rows), bar)
                         writing.submit(store, finished, bucket, rows if begin + step >= rows else None)

@@ -1,6 +1,16 @@
 """The one exception that a user's data or settings can cause (leaf)."""
 
 
+def notes(error: BaseException | None) -> list[str]:
+    """What was noted of an error, and of those that it was raised from: other errors of the same run among it."""
+    found, seen = [], []
+    while error is not None and error not in seen:
+        found += getattr(error, "__notes__", [])
+        seen.append(error)
+        error = error.__cause__
+    return found
+
+
 class DataError(ValueError):
     """Bad input, output or settings. The message says what was expected, what came, where, and what to do."""
 

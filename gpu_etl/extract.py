@@ -1,19 +1,19 @@
-"""Day files -> slabs of whole rows, in bounded memory; a thread inflates ahead while earlier slabs are parsed."""
+"""Day files -> slabs of whole rows, in bounded memory; threads read and inflate ahead while earlier ones are parsed."""
 
 import io
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Protocol
 
 import numpy as np
 
-from gpu_etl import codecs, faults, packages
+from gpu_etl import codecs, packages
 from gpu_etl.errors import DataError
 from gpu_etl.memory import Pool, Reused
+from gpu_etl.prefetch import nothing
+from gpu_etl.text import NEWLINE, Source, TextSlab, read_plain, too_long
 
-NEWLINE = 10
 TAIL_BYTES = 1 << 16
 ZSTD_PIECE = 1 << 12
 PARQUET_MAGIC = b"PAR1"
@@ -39,47 +39,6 @@ class Slab(Protocol):
 
     def release(self) -> None:
         """Give back the slab's memory; nothing else may be asked of it any more."""
-
-
-@dataclass
-class TextSlab:
-    """A slab of text, uint8 [bytes]; its memory belongs to the pool."""
-
-    day: int
-    end: int
-    text: np.ndarray
-    pool: Pool
-    _ends: np.ndarray | None = None
-
-    def prepare(self, kernels: ModuleType) -> None:
-        """Find the rows."""
-        self._ends = kernels.find_rows(self.text)
-
-    def parse(self, kernels: ModuleType, memory: Reused) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """See Slab."""
-        return kernels.parse(self.text, self._ends, memory)
-
-    def release(self) -> None:
-        """See Slab."""
-        self.pool.give(self.text.base)
-
-    def describe(self, row: int, code: int) -> str:
-        """See Slab; parse comes first."""
-        ends = np.append(np.flatnonzero(self.text == NEWLINE), len(self.text))
-        begin = int(ends[row - 1]) + 1 if row else 0
-        return faults.describe(self.text, begin, int(ends[row]), code)
-
-
-@dataclass
-class Source:
-    """One day file, or `size` bytes of a plain text one from `begin` on: how many bytes were read, and the CRC-32 of
-    what was read."""
-
-    path: Path
-    size: int
-    begin: int = 0
-    read: int = 0
-    crc32: int = 0
 
 
 class ChecksummedFile(io.RawIOBase):
@@ -192,14 +151,6 @@ def skip_bytes(stream, count: int) -> None:
         count -= done
 
 
-def too_long(path: Path, slab_bytes: int) -> DataError:
-    """The error of a slab without a newline."""
-    return DataError(
-        f"{path}: no end of row within {slab_bytes} bytes; expected rows of about 250 bytes. "
-        "If the file is right, raise --slab-bytes"
-    )
-
-
 def _cut(stream, path: Path, day: int, slab_bytes: int, end: int, pool: Pool) -> Iterator[TextSlab]:
     """Slabs of at most `slab_bytes`, each but the last ending with a newline; the rest of a row moves to the next.
 
@@ -222,13 +173,11 @@ def _cut(stream, path: Path, day: int, slab_bytes: int, end: int, pool: Pool) ->
         yield TextSlab(day, end, buffer[: newline + 1], pool)
 
 
-def _read_text(source: Source, day: int, slab_bytes: int, skip: int, kind: str, pool: Pool) -> Iterator[TextSlab]:
-    """Slabs of a day of text; kind: "text", "gzip" or "zstd"."""
+def _read_packed(source: Source, day: int, slab_bytes: int, skip: int, kind: str, pool: Pool) -> Iterator[TextSlab]:
+    """Slabs of a day of packed text; kind: "gzip" or "zstd"."""
     stream = io.BufferedReader(ChecksummedFile(source), 1 << 20)
     try:
-        text = stream
-        if kind != "text":
-            text = codecs.read_gzip(stream) if kind == "gzip" else _ZstdFile(stream)
+        text = codecs.read_gzip(stream) if kind == "gzip" else _ZstdFile(stream)
         skip_bytes(text, skip)
         yield from _cut(text, source.path, day, slab_bytes, skip, pool)
     except codecs.ERRORS as error:
@@ -247,22 +196,33 @@ def kind_of(path: Path) -> str:
 
 
 def read_day(
-    source: Source, day: int, slab_bytes: int, skip: int = 0, pool: Pool | None = None,
+    source: Source, day: int, slab_bytes: int, skip: int = 0, *, pool: Pool | None = None,
     readers: Mapping[str, Callable[..., Iterator[Slab]]] = MappingProxyType({}),
+    prepare: Callable[[Slab], None] = lambda slab: None, threads: int = 1,
+    initializer: Callable[[], None] = nothing,
 ) -> Iterator[Slab]:  # fmt: skip
     """Slabs of one day file: text, gzip, zstd or Parquet, told by its first bytes, not its name; from place `skip` on.
 
     pool: gives the memory of text; readers: a device's own ways to read a kind of file (cuda.readers), in place of
-    those here.
+    those here. prepare: called with each slab before it comes. threads: so many read a file of plain text, and prepare
+    its slabs; each begins with initializer().
 
     Raises DataError where packed data are damaged or end early, and where a Parquet file has not the 40 columns.
     """
-    kind = kind_of(source.path)
+    kind, pool = kind_of(source.path), pool or Pool()
+    if kind == "text" and kind not in readers:
+        yield from read_plain(
+            source, day, slab_bytes, skip, pool=pool, prepare=prepare, threads=threads, initializer=initializer
+        )
+        return
     if kind == "parquet":
         from gpu_etl import parquet  # here, as it needs this module, and text does without pyarrow
 
-        yield from parquet.read_parquet(source, day, slab_bytes, skip, readers.get(kind, parquet.arrow_slabs))
+        slabs = parquet.read_parquet(source, day, slab_bytes, skip, readers.get(kind, parquet.arrow_slabs))
     elif kind in readers:
-        yield from readers[kind](source, day, slab_bytes, skip)
+        slabs = readers[kind](source, day, slab_bytes, skip)
     else:
-        yield from _read_text(source, day, slab_bytes, skip, kind, pool or Pool())
+        slabs = _read_packed(source, day, slab_bytes, skip, kind, pool)
+    for slab in slabs:
+        prepare(slab)
+        yield slab

@@ -12,15 +12,21 @@ from pathlib import Path
 
 import numba
 
-SHARED = ("rows.py", "schema.py", "shuffle.py")
+SHARED = ("rows.py", "schema.py", "shuffle.py", "cuda_kernel.py")
 
-if not os.environ.get("NUMBA_CACHE_DIR"):
+
+def _cache_folder() -> str:
+    """Folder of what Numba compiled from this state of the code: what NUMBA_CACHE_DIR says, or one beside it."""
+    if named := os.environ.get("NUMBA_CACHE_DIR"):
+        return named
     package = Path(__file__).parent
     digest = hashlib.sha256(b"".join((package / name).read_bytes() for name in SHARED)).hexdigest()[:12]
     home = package / "__pycache__"
     if not os.access(home if home.exists() else package, os.W_OK):
         home = Path(tempfile.gettempdir()) / f"gpu_etl-{os.getuid()}"
-    numba.config.CACHE_DIR = str(home / f"numba-{digest}")
+    return str(home / f"numba-{digest}")
 
+
+CACHE_FOLDER = numba.config.CACHE_DIR = _cache_folder()
 compiled = numba.njit(nogil=True, cache=True)
 compiled_parallel = numba.njit(nogil=True, cache=True, parallel=True)

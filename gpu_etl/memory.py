@@ -18,9 +18,17 @@ class Reused:
     def __init__(self, allocate: Callable[[int], np.ndarray] = host_bytes):
         self._allocate = allocate
         self._bytes = np.empty(0, np.uint8)
+        self._wait: Callable[[], None] | None = None
+
+    def hold(self, wait: Callable[[], None]) -> None:
+        """Let the next empty() call wait() first: a device may still copy from or to the array given out."""
+        self._wait = wait
 
     def empty(self, shape: tuple[int, ...], dtype) -> np.ndarray:
         """An array, C-contiguous, its contents undefined. The one given out before it must not be used any more."""
+        if self._wait is not None:
+            self._wait()
+            self._wait = None
         size = math.prod(shape) * np.dtype(dtype).itemsize
         if size > len(self._bytes):
             self._bytes = self._allocate(size + size // 8)
@@ -32,16 +40,15 @@ class Pool:
 
     def __init__(self, allocate: Callable[[int], np.ndarray] = host_bytes):
         self._allocate = allocate
-        self._free: deque[np.ndarray] = deque()
+        self._free: dict[int, deque[np.ndarray]] = {}
 
     def take(self, size: int) -> np.ndarray:
         """uint8 [size]: a buffer that was given back, or a new one."""
         try:
-            buffer = self._free.pop()
-        except IndexError:
+            return self._free[size].pop()
+        except (KeyError, IndexError):
             return self._allocate(size)
-        return buffer if len(buffer) == size else self._allocate(size)
 
     def give(self, buffer: np.ndarray) -> None:
-        """Give back what take() gave; nobody may use it any more."""
-        self._free.append(buffer)
+        """Give back what take() gave; nobody may use it any more, and no device may still copy from it."""
+        self._free.setdefault(len(buffer), deque()).append(buffer)

@@ -1,23 +1,31 @@
-"""Make items ahead in threads, and put them away behind (leaf)."""
+"""Make items ahead in threads, do several things at once, and put items away behind (leaf)."""
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 
-def prefetch(items: Iterator, depth: int = 2) -> Iterator:
+def nothing() -> None:
+    """What threads begin with where nothing has to be set up."""
+
+
+def prefetch(items: Iterator, depth: int = 2, initializer: Callable[[], None] = nothing) -> Iterator:
     """The same items, made ahead in a thread: at most `depth` wait in memory. Errors arrive where the item would have.
 
-    Closing the returned generator early stops the thread.
+    Closing the returned generator early stops the thread. initializer: what the thread begins with.
     """
-    return side_by_side([items], 1, depth)
+    return side_by_side([items], 1, depth, initializer)
 
 
-def side_by_side(sources: list[Iterator], at_once: int, depth: int = 2) -> Iterator:
+def side_by_side(
+    sources: list[Iterator], at_once: int, depth: int = 2, initializer: Callable[[], None] = nothing
+) -> Iterator:
     """The items of all sources, of which up to `at_once` are run through at a time, a thread each, in the order given.
 
-    Items of one source keep their order, those of several mix. The first error ends it all.
+    Items of one source keep their order, those of several mix. The first error ends it all. initializer: what each
+    thread begins with.
     """
     ready: queue.Queue = queue.Queue(depth)
     stopped = threading.Event()
@@ -36,6 +44,7 @@ def side_by_side(sources: list[Iterator], at_once: int, depth: int = 2) -> Itera
 
     def produce() -> None:
         try:
+            initializer()
             while True:
                 with lock:
                     source = next(waiting, end)
@@ -69,14 +78,72 @@ def side_by_side(sources: list[Iterator], at_once: int, depth: int = 2) -> Itera
             thread.join()
 
 
+def in_order(calls: Iterable[Callable], threads: int, initializer: Callable[[], None] = nothing) -> Iterator:
+    """Results of calls, made by several threads at a time, in the order of the calls.
+
+    At most `threads` results wait or are under way; with one thread each call is made here, when it is asked for. An
+    error arrives where the result would have. Closing the returned generator ends the threads.
+    """
+    if threads == 1:
+        for call in calls:
+            yield call()
+        return
+    with ThreadPoolExecutor(threads, "in order", initializer) as pool:
+        under_way: deque[Future] = deque()
+        try:
+            for call in calls:
+                under_way.append(pool.submit(call))
+                if len(under_way) == threads:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            for future in under_way:
+                future.cancel()
+
+
+class Crew:
+    """A few threads that do the parts of one job side by side; for use in `with`, or with close()."""
+
+    def __init__(self, threads: int):
+        self.threads = threads
+        self._pool = ThreadPoolExecutor(threads, "crew") if threads > 1 else None
+
+    def run(self, parts: list[Callable[[], None]]) -> None:
+        """Make all these calls; the threads have nothing more to do with them on return. Raises the first error."""
+        if self._pool is None or len(parts) == 1:
+            for part in parts:
+                part()
+            return
+        futures = [self._pool.submit(part) for part in parts]
+        wait(futures)
+        failed = [error for future in futures if (error := future.exception())]
+        if failed:
+            for other in failed[1:]:
+                failed[0].add_note(f"meanwhile: {type(other).__name__}: {other}")
+            raise failed[0]
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+    def __enter__(self) -> "Crew":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
 class OneBehind:
     """Runs jobs in a thread, in order, at most one behind its user; for use in `with`, which ends with the last job.
 
-    An error of a job is raised by the next submit(), or at the end.
+    An error of a job is raised by the next submit(), or at the end; where the body of the `with` ends with an error of
+    its own, it is told in a note of that one. initializer: what the thread begins with.
     """
 
-    def __init__(self):
-        self._pool = ThreadPoolExecutor(1)
+    def __init__(self, initializer: Callable[[], None] = nothing):
+        self._pool = ThreadPoolExecutor(1, "behind", initializer)
         self._running: Future | None = None
 
     def submit(self, job: Callable, *arguments) -> None:
@@ -91,9 +158,11 @@ class OneBehind:
     def __enter__(self) -> "OneBehind":
         return self
 
-    def __exit__(self, kind, *_) -> None:
-        try:
-            if kind is None:
-                self._wait()
-        finally:
-            self._pool.shutdown()
+    def __exit__(self, kind, error, _) -> None:
+        self._pool.shutdown()
+        failed = self._running and self._running.exception()
+        if failed is None or failed is error:
+            return
+        if error is None:
+            raise failed
+        error.add_note(f"meanwhile, in the background: {type(failed).__name__}: {failed}")

@@ -5,7 +5,7 @@ range of keys, so the number of buckets (the memory used) never changes the orde
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numba
@@ -14,7 +14,7 @@ import numpy as np
 from gpu_etl.errors import DataError
 from gpu_etl.jit import compiled, compiled_parallel
 from gpu_etl.memory import Reused
-from gpu_etl.prefetch import prefetch
+from gpu_etl.prefetch import nothing, prefetch
 from gpu_etl.schema import COLUMNS
 from gpu_etl.spill import DAY_SHIFT, NUMBERED, append
 
@@ -164,11 +164,14 @@ class Buckets:
                 while len(rows := np.fromfile(file, NUMBERED, TAIL_ROWS)):
                     yield rows
 
-    def whole(self, start: int, memory: list[Reused]) -> Iterator[np.ndarray]:
+    def whole(
+        self, start: int, memory: list[Reused], initializer: Callable[[], None] = nothing
+    ) -> Iterator[np.ndarray]:
         """Bucket by bucket from `start` on, its rows (NUMBERED). memory: three, of one in use, one ready, one being
-        read."""
+        read: bucket b lies in memory[b % 3]; initializer: what the thread that reads begins with."""
         self.close()
-        return prefetch((self.read(bucket, memory[bucket % 3]) for bucket in range(start, len(self))), depth=1)
+        found = (self.read(bucket, memory[bucket % 3]) for bucket in range(start, len(self)))
+        return prefetch(found, 1, initializer)
 
     def remove(self, bucket: int) -> None:
         """Delete a bucket's file, if it is still there."""

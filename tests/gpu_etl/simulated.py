@@ -19,11 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 from numba import config
 
-from gpu_etl import cuda_launch
+from gpu_etl import cuda_kernel
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
 if SIMULATED:
-    cuda_launch.THREADS = 8  # a thread of the simulator is one of the operating system
+    cuda_kernel.THREADS = 8  # a thread of the simulator is one of the operating system
     warnings.filterwarnings("ignore", "overflow encountered")  # uint64 wraps around, as it should
 
 from gpu_etl import (  # noqa: E402 - after THREADS
@@ -41,7 +41,7 @@ from gpu_etl.memory import Reused  # noqa: E402
 from gpu_etl.parquet import ROW_BYTES, _plain  # noqa: E402
 from gpu_etl.pipeline import Settings, encode_days  # noqa: E402
 from gpu_etl.schema import choose_preset  # noqa: E402
-from gpu_etl.spill import first_number  # noqa: E402
+from gpu_etl.spill import NUMBERED, first_number  # noqa: E402
 from tests import reference  # noqa: E402
 from tests.gpu_etl import test_inputs as inputs  # noqa: E402
 
@@ -71,11 +71,16 @@ def parsed(text: bytes):
 
 def columns_of(device) -> np.ndarray:
     """Values of a slab on the device, on the host: uint32 [n, 40]."""
-    return cuda.rows_of(device, Reused())().view(np.uint32)
+    return cuda.rows_of(device, Reused(cuda.host_bytes))().view(np.uint32)
 
 
-def same(device, host) -> None:
-    np.testing.assert_array_equal(cuda.download(device), host)
+def missing_of(missing, rows) -> np.ndarray:
+    """What is missing of the rows of a slab on the device, on the host: uint64 [n]."""
+    return cuda_launch.download(missing)[: len(rows)]
+
+
+def same(missing, rows, host) -> None:
+    np.testing.assert_array_equal(missing_of(missing, rows), host)
 
 
 def same_values(device, host) -> None:
@@ -88,7 +93,7 @@ def parse() -> None:
         np.testing.assert_array_equal(faults, faults_there, err_msg=name)
         good = faults == 0
         np.testing.assert_array_equal(columns_of(on_device)[good], values[good], err_msg=name)
-        np.testing.assert_array_equal(cuda.download(missing_there)[good], missing[good], err_msg=name)
+        np.testing.assert_array_equal(missing_of(missing_there, on_device)[good], missing[good], err_msg=name)
 
 
 def slab_functions() -> None:
@@ -99,18 +104,18 @@ def slab_functions() -> None:
         keep = np.arange(len(values)) % 3 != 1
         kept, kept_there = cpu.keep_rows(values, missing, keep), cuda.keep_rows(on_device, missing_there, keep)
         same_values(kept_there[0], kept[0])
-        same(kept_there[1], kept[1])
+        same(kept_there[1], kept_there[0], kept[1])
         same_values(*reversed([kept[0], cuda.upload(*kept)[0]]))
         for shift, empty_value in ((0, 0), (2, 0), (5, 7)):
             host, there = values.copy(order="F"), cuda.upload(values, missing)[0]
             cpu.integers(host, missing, shift, empty_value)
             cuda.integers(there, missing_there, shift, empty_value)
             same_values(there, host)
-        np.testing.assert_array_equal(cuda.rows_of(on_device, Reused())(), cpu.rows_of(values, Reused())())
+        np.testing.assert_array_equal(columns_of(on_device), cpu.rows_of(values, Reused())().view(np.uint32))
         first = first_number(3) + 5
         for buckets in (1, 7):
             numbered, ends = cpu.group(values, first, 9, buckets, Reused())()
-            there, ends_there = cuda.group(on_device, first, 9, buckets, Reused())()
+            there, ends_there = cuda.group(on_device, first, 9, buckets, Reused(cuda.host_bytes))()
             np.testing.assert_array_equal(ends, ends_there)
             for begin, end in zip([0, *ends[:-1]], ends, strict=True):
                 np.testing.assert_array_equal(np.sort(there[begin:end], order="row"), numbered[begin:end])
@@ -131,7 +136,7 @@ def dictionaries() -> None:
             piece, piece_there = cpu.keep_rows(values, missing, keep), cuda.keep_rows(on_device, missing_there, keep)
             host.code(*piece, begin)
             there.code(*piece_there, begin)
-            for column, new in zip(keys, there.new_keys(), strict=True):
+            for column, new in zip(keys, there.new_keys()(), strict=True):
                 column.append(new)
             coded = columns_of(piece_there[0])
             found = [counts.keys for counts in there.counts().columns]
@@ -155,18 +160,20 @@ def finish() -> None:
     ids = tuple(random.integers(0, 1000, 30 + c).astype(np.int32) for c in range(26))
     coded = random.integers(0, 30, (ROWS, 40)).astype(np.int32)
     coded[0, 1:14] = 2**31 - 1
-    shifts, numbers = random.integers(-3, 3, ROWS), random.permutation(ROWS)
-    for words in (coded, np.hstack([coded[:, :2], coded])):
-        for shuffled in (False, True):
-            found = []
-            for kernels in (cpu, cuda):
-                finisher, records = kernels.Finisher(ids), np.empty((ROWS, 40), np.int32)
-                finisher.take(words, shifts, kernels.shuffled(numbers, 5) if shuffled else None)
-                for begin in range(0, ROWS, ROWS // 2 - 3):
-                    end = min(begin + ROWS // 2 - 3, ROWS)
-                    assert finisher.finish(begin, end, records[begin:end])() is not None
-                found.append(records)
-            np.testing.assert_array_equal(*found)
+    numbered = np.empty(ROWS, NUMBERED)
+    numbered["coded"], numbered["row"] = coded, random.permutation(ROWS) + first_number(0)
+    numbered["row"][::3] += first_number(2)
+    for seed in (None, *range(12)):
+        found = []
+        for kernels in (cpu, cuda):
+            finisher = kernels.Finisher(ids, np.array([2, 0, -3]))
+            records = kernels.host_bytes(ROWS * 160).view(np.int32).reshape(ROWS, 40)
+            finisher.take(coded, 2) if seed is None else finisher.take_shuffled(numbered, seed)
+            for begin in range(0, ROWS, ROWS // 2 - 3):
+                end = min(begin + ROWS // 2 - 3, ROWS)
+                assert finisher.finish(begin, end, records[begin:end])() is not None
+            found.append(records)
+        np.testing.assert_array_equal(*found)
 
 
 def encode() -> None:
@@ -261,7 +268,7 @@ def same_slabs(path: Path, skip: int, slab_bytes: int, size: int) -> None:
             found, empty, faults = slab.parse(kernels, Reused())
             good = faults == 0
             values.append((columns_of(found) if kernels is cuda else found)[good])
-            missing.append((cuda.download(empty) if kernels is cuda else empty)[good])
+            missing.append((missing_of(empty, found) if kernels is cuda else empty)[good])
             words += [slab.describe(row, faults[row]) for row in np.flatnonzero(faults)]
             end = slab.end
             slab.release()
@@ -301,7 +308,7 @@ def direct() -> None:
                 same_slabs(path, skip, 3000, len(text))
         for part in (Source(path, 2000, 100), Source(path, len(text) - 77, 77)):
             slabs = list(cuda_direct.direct_slabs(part, 0, 900, 0))
-            found = b"".join(cuda.download(slab.text.bytes).tobytes() for slab in slabs)
+            found = b"".join(cuda.download(slab.text.bytes).tobytes()[: slab.text.size] for slab in slabs)
             assert found == text[part.begin : part.begin + part.size] and part.crc32 == zlib.crc32(found)
         path.write_bytes(b"1" * 5000)
         with pytest.raises(DataError, match="no end of row within 3000 bytes"):

@@ -5,6 +5,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from gpu_etl.errors import DataError
 from gpu_etl.memory import Reused
 from gpu_etl.pipeline import Settings, encode_days
 from gpu_etl.schema import PRESETS, choose_preset, split_file
-from gpu_etl.shuffle import Buckets, group, row_keys
+from gpu_etl.shuffle import Buckets, group, keys_of, row_keys
 from gpu_etl.verify import verify
 from tests import reference
 from tests.conftest import ROOT
@@ -81,23 +82,46 @@ def test_bytes_do_not_depend_on_slabs_or_threads(day_files, tmp_path, shuffle):
 @pytest.mark.parametrize("preset", ["mlperf", "torchrec", "count"])
 def test_bytes_do_not_depend_on_days_being_read_side_by_side(day_files, tmp_path, monkeypatch, preset):
     settings = Settings(preset=PRESETS[preset], slab_bytes=4000)
-    encode_days(day_files, tmp_path / "one", settings)
+    packed = [tmp_path / f"{path.name}.gz" for path in day_files]
+    for path, day in zip(packed, day_files, strict=True):
+        path.write_bytes(gzip.compress(day.read_bytes()))
+    encode_days(packed, tmp_path / "one", settings)
     real = extract.read_day
 
-    def late_first_day(source, day, *arguments):
-        for slab in real(source, day, *arguments):
+    def late_first_day(source, day, *arguments, **more):
+        for slab in real(source, day, *arguments, **more):
             if day == 0:
                 time.sleep(0.01)  # so that later days come first
             yield slab
 
     monkeypatch.setattr(counting, "read_day", late_first_day)
-    monkeypatch.setattr(counting, "CORES_PER_READER", 1 / 3)
+    monkeypatch.setattr(cpu, "CORES_PER_READER", 1 / 3)
     days = []
     monkeypatch.setattr(counting.CountPass, "_end_day", lambda self, day, real=counting.CountPass._end_day: (
         days.append(day) or real(self, day)))  # fmt: skip
-    encode_days(day_files, tmp_path / "three", replace(settings, threads=1))
+    encode_days(packed, tmp_path / "three", replace(settings, threads=1))
     assert days != sorted(days)
     assert digests(tmp_path / "one") == digests(tmp_path / "three")
+
+
+@pytest.mark.parametrize("bad_rows", ["error", "skip"])
+def test_bytes_do_not_depend_on_readers_of_one_file(day_files, tmp_path, monkeypatch, bad_rows):
+    day = tmp_path / "day_0"
+    day.write_bytes(day_files[0].read_bytes() + b"bad\n" * (bad_rows == "skip") + day_files[1].read_bytes())
+    settings = Settings(preset=PRESETS["mlperf"], slab_bytes=3000, threads=1, bad_rows=bad_rows)
+    encode_days([day, *day_files[2:]], tmp_path / "one", settings)
+    monkeypatch.setattr(cpu, "CORES_PER_READER", 1 / 5)
+    readers, real = set(), cpu.find_rows
+
+    def find_rows(text):
+        readers.add(threading.current_thread())
+        time.sleep(0.001 * (len(text) % 7))  # so that later slabs are ready first
+        return real(text)
+
+    monkeypatch.setattr(cpu, "find_rows", find_rows)
+    encode_days([day, *day_files[2:]], tmp_path / "five", settings)
+    assert len(readers) >= 5
+    assert digests(tmp_path / "one") == digests(tmp_path / "five")
 
 
 def test_shuffle_permutes_training_rows_only(day_files, tmp_path):
@@ -119,7 +143,7 @@ def test_shuffle_does_not_depend_on_its_buckets(tmp_path):
         for begin in reversed(range(0, len(rows), step)):  # any order will do
             buckets.add(*group(rows[begin : begin + step], begin, 3, count, Reused()))
         whole = buckets.whole(0, [Reused(), Reused(), Reused()])
-        shuffled = [rows_["coded"][cpu.shuffled(rows_["row"], 3)] for rows_ in whole]
+        shuffled = [rows_["coded"][np.argsort(keys_of(3, rows_["row"]))] for rows_ in whole]
         orders.append(np.concatenate(shuffled)[:, 0] // 40)
         for bucket in range(count):
             buckets.remove(bucket)

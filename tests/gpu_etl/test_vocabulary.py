@@ -6,6 +6,8 @@ import pytest
 from gpu_etl import cpu, rows, vocabulary
 from gpu_etl.errors import DataError
 from gpu_etl.schema import PRESETS, choose_preset
+from gpu_etl.shuffle import keys_of
+from gpu_etl.spill import NUMBERED
 from tests import reference
 
 
@@ -75,13 +77,15 @@ def test_codes_lead_to_the_ids_that_encode_finds(name):
         cpu.integers(piece, missing[begin:end])
         dictionaries.code(piece, missing[begin:end], begin)
         coded[begin:end] = piece
-        keys.append(dictionaries.new_keys())
+        keys.append(dictionaries.new_keys()())
     words, ids = vocabulary.build(dictionaries.counts(), preset)
-    order = np.random.default_rng(0).permutation(900)
+    numbered = np.empty(900, NUMBERED)
+    numbered["row"], numbered["coded"] = np.random.default_rng(0).permutation(900), coded.view(np.int32)
+    order = np.argsort(keys_of(4, numbered["row"]))
     found = np.empty((900, 40), np.int32)
     coded = np.ascontiguousarray(coded).view(np.int32)
-    finisher = cpu.Finisher(ids)
-    finisher.take(coded, np.zeros(900, np.int64), order)
+    finisher = cpu.Finisher(ids, np.zeros(1, np.int64))
+    finisher.take_shuffled(numbered, 4)
     finisher.finish(0, len(order), found)
     assert found.tolist() == cpu.encode(values, missing, words.lookup(), preset)[order].tolist()
 
@@ -92,7 +96,7 @@ def test_codes_lead_to_the_ids_that_encode_finds(name):
     again.recount(coded[:500], np.arange(500))
     for one, other in zip(again.counts().columns, dictionaries.counts().columns, strict=True):
         assert all((getattr(one, f) == getattr(other, f)).all() for f in ("keys", "counts", "first_rows"))
-    assert not any(len(column) for column in again.new_keys())
+    assert not any(len(column) for column in again.new_keys()())
     more = np.array(values, order="F")
     again.code(more, missing, 900)
     assert (more[:, 14:].view(np.int32) == coded[:, 14:]).all()

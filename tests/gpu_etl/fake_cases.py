@@ -1,0 +1,202 @@
+"""Cases of test_fake_driver.py beside those of simulated.py: whole encodes, what a slab costs, and faults put back.
+
+A case named seeded_* puts a fault back that the code once had, and holds that the fake driver finds it.
+"""
+
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from numba import cuda as numba_cuda
+
+from gpu_etl import cluster, cpu, cuda, cuda_dictionary, cuda_encode, cuda_launch, cuda_rows, memory, prefetch, shuffle
+from gpu_etl.pipeline import Settings, encode_days
+from gpu_etl.schema import choose_preset
+from gpu_etl.shuffle import start_of_keys
+from tests import reference
+from tests.gpu_etl import fake_driver
+
+SLAB = 3000  # bytes, some 11 rows
+
+
+@contextmanager
+def days(*rows: int) -> Iterator[list[Path]]:
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"day_{day}" for day in range(len(rows))]
+        for day, (path, count) in enumerate(zip(paths, rows, strict=True)):
+            path.write_bytes(reference.write_rows(seed=day, rows=count))
+        yield paths
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+def agrees_with_the_cpu(paths: list[Path], **settings) -> None:
+    """Both devices write the same files."""
+    found = []
+    for device in ("cpu", "cuda"):
+        with tempfile.TemporaryDirectory() as out:
+            more = settings if device == "cuda" else {k: v for k, v in settings.items() if k != "workers"}
+            encode_days(paths, Path(out) / "set", Settings(**{"device": device, "slab_bytes": SLAB} | more))
+            found.append(files_of(Path(out) / "set"))
+    assert found[0] == found[1], settings
+
+
+def seeds() -> None:
+    with days(14, 4) as paths:
+        for seed in range(12):
+            agrees_with_the_cpu(paths, seed=seed)
+
+
+def two_readers() -> None:
+    cpu.CORES_PER_READER = cuda.CORES_PER_READER = 0.5
+    with days(30, 30, 10) as paths:
+        agrees_with_the_cpu(paths, threads=2)
+
+
+def workers() -> None:
+    """Two workers of Dask, as threads of this process: each must enter the device, and leave it to the other."""
+    from dask.distributed import LocalCluster
+
+    cluster._local_cluster = lambda settings: LocalCluster(n_workers=2, threads_per_worker=1, processes=False)
+    with days(20, 20, 10) as paths:
+        agrees_with_the_cpu(paths, workers=2)
+
+
+WAITS = {"cuStreamSynchronize", "cuEventSynchronize", "cuCtxSynchronize"}
+NEW = {
+    "cuMemAlloc", "cuMemFree", "cuMemHostAlloc", "cuMemFreeHost", "cuEventCreate", "cuEventDestroy", "cuStreamCreate",
+}  # fmt: skip
+WARM = 4  # slabs until every buffer has its size
+
+
+def slab_costs() -> Counter:
+    """Driver calls of the slabs of one day once memory has its size, the costliest of each kind."""
+    cuts: list[dict[str, int]] = []
+    real = cuda_rows._Parser.parse
+
+    def parse(self, text):
+        cuts.append(dict(fake_driver.calls))
+        return real(self, text)
+
+    cuda_rows._Parser.parse, cuda_dictionary.FIRST_SLOTS = parse, 1 << 12
+    with days(140, 1) as paths, tempfile.TemporaryDirectory() as out:
+        encode_days(paths, Path(out) / "set", Settings(device="cuda", slab_bytes=SLAB, seed=2))
+    steady = [Counter(after) - Counter(before) for before, after in pairwise(cuts[WARM:-2])]
+    assert len(steady) > 4
+    return Counter({name: max(slab[name] for slab in steady) for name in set().union(*steady)})
+
+
+def steady_state() -> None:
+    found = slab_costs()
+    new = {name: found[name] for name in NEW if found[name]}
+    assert not new, new
+    assert not found["HtoD bytes, pageable"] and not found["DtoH bytes, pageable"]
+    # One in the thread that computes, for the slab's numbers; one in the thread that writes, for the rows themselves.
+    assert sum(found[name] for name in WAITS) <= 2, {name: found[name] for name in WAITS}
+    print({name: found[name] for name in sorted(found) if not name.startswith("launch ")})
+
+
+def found(*words: str) -> None:
+    """The fault that was put back was found: it is named by these words."""
+    hits = [fault for fault in fake_driver.faults if all(word in fault for word in words)]
+    assert hits, (words, set(fake_driver.faults))
+    fake_driver.faults.clear()
+
+
+def seeded_stream_handle() -> None:
+    """E1: the stream's handle taken for a ctypes number."""
+    cuda_launch.stream_handle = lambda name: cuda_launch.stream(name).handle
+    with days(14, 2) as paths:
+        try:
+            agrees_with_the_cpu(paths)
+        except AssertionError as error:
+            assert "ExternalStream: expected an int" in str(error)
+        else:
+            raise AssertionError("not found")
+
+
+def seeded_types() -> None:
+    """E2: a kernel that takes its types from the first launch: for most seeds, the start of the keys is an int64."""
+    undeclared = numba_cuda.jit(cuda_encode._count_buckets.py_func)
+
+    class Undeclared:
+        def launch(self, blocks, stream, *arguments):
+            undeclared[blocks, 8, stream](*arguments)
+
+    cuda_encode._count_buckets = Undeclared()
+    assert [s for s in range(12) if int(start_of_keys(np.uint64(s))) < 2**63] == [2, 4, 5, 6, 9, 10, 11]
+    wrong = []
+    for seed in (0, 1, 2):
+        try:
+            with days(14, 2) as paths:
+                agrees_with_the_cpu(paths, seed=seed)
+        except (AssertionError, TypeError):
+            wrong.append(seed)
+    assert wrong == [2], wrong
+    assert {types[0] for types in fake_driver.launched_types["_count_buckets"]} == {"int64", "uint64"}
+    fake_driver.faults.clear()
+
+
+def seeded_streams() -> None:
+    """E3: two threads that come first each make a stream of the same name."""
+    real, twice = cuda_launch.stream, []
+
+    def stream(name):
+        if name != "up":
+            return real(name)
+        twice.append(numba_cuda.stream())
+        return twice[-1]
+
+    cuda_launch.stream = cuda_rows.stream = stream
+    text = cuda_launch.host_bytes(SLAB)
+    rows = np.frombuffer(reference.write_rows(seed=1, rows=20), np.uint8)[:SLAB]
+    text[:] = rows
+    cuda.parse(text, cuda.find_rows(text))
+    found("nothing puts HtoD before _count_newlines")
+
+
+def seeded_context() -> None:
+    """E4: a thread that waits for the device without having entered it."""
+    prefetch.OneBehind.__init__ = _without_initializer(prefetch.OneBehind.__init__)
+    with days(30, 2) as paths:
+        agrees_with_the_cpu(paths)
+    found("no context is current in the thread", "cuEventSynchronize")
+
+
+def _without_initializer(real):
+    def init(self, *_):
+        real(self)
+
+    return init
+
+
+def seeded_pinned() -> None:
+    """E11: a bucket is read into memory that an earlier one is still copied from."""
+    memory.Reused.hold = lambda self, wait: None
+    real = cuda.Finisher.finish
+
+    def finish(self, *arguments):
+        wait = real(self, *arguments)
+        return lambda: time.sleep(0.3) or wait()  # a device that is behind, and a reader that is not
+
+    cuda.Finisher.finish = finish
+    shuffle.BUCKET_BYTES = cuda.BUCKET_BYTES = 1 << 10
+    with days(60, 2) as paths, suppress(AssertionError):
+        agrees_with_the_cpu(paths)
+    found("pinned memory changed before it was copied")
+
+
+def rules() -> None:
+    """Presets, forms and rows that are left out."""
+    with days(24, 12) as paths:
+        paths[0].write_bytes(paths[0].read_bytes() + b"not a row\n\n")
+        agrees_with_the_cpu(paths, bad_rows="skip", preset=choose_preset("torchrec"))
+        agrees_with_the_cpu(paths, bad_rows="skip", preset=choose_preset("deepspark", sample=0.7, sample_last=0.8))
+        agrees_with_the_cpu(paths, bad_rows="skip", form="dle", shuffle=False)
