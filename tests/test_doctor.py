@@ -21,9 +21,11 @@ from tests.conftest import ROOT, needs
 
 SIMULATE = """
 import sys, warnings
-from gpu_etl import cuda_dictionary, cuda_launch
+from gpu_etl import cuda_kernel
 
-cuda_launch.THREADS = 8  # a thread of the simulator is one of the operating system
+cuda_kernel.THREADS = 8  # a thread of the simulator is one of the operating system
+from gpu_etl import cuda_dictionary
+
 cuda_dictionary.HOT, cuda_dictionary.FIRST_SLOTS = 4, 16
 warnings.filterwarnings("ignore", "overflow encountered")  # uint64 wraps around, as it should
 from gpu_etl.doctor import samples, slab
@@ -167,6 +169,11 @@ class OtherFinisher(cpu.Finisher):
         return lambda: one_off(super(OtherFinisher, self).finish(begin, end, records)())
 
 
+class OtherOrder(cpu.Finisher):
+    def take_shuffled(self, numbered, seed):
+        return super().take_shuffled(numbered, seed + (seed == 11))
+
+
 FAULTS = {
     "values": ("parse", "parse", changed_parse(0)), "missing fields": ("parse", "parse", changed_parse(1)),
     "faults": ("parse", "parse", changed_parse(2)),
@@ -176,7 +183,8 @@ FAULTS = {
     "integers": ("slab", "integers", lambda real: lambda v, m, shift, empty: real(v, m, shift, empty + 1)),
     "seed of buckets": ("group", "group", lambda real: lambda v, f, s, b, m: real(v, f, s + (s == 9), b, m)),
     "numbers of rows": ("group", "group", lambda real: lambda v, f, s, b, m: real(v, f + (f > 0), s, b, m)),
-    "order of one seed": ("finish", "shuffled", lambda real: lambda n, s: real(n, s + (s == 11))),
+    "order of one seed": ("finish", "Finisher", lambda real: OtherOrder),
+    "shift of a day": ("finish", "Finisher", lambda real: lambda ids, shifts: real(ids, shifts + np.array([0, 0, 1]))),
     "records": ("finish", "Finisher", lambda real: OtherFinisher),
     "first rows": ("dictionaries", "Dictionaries", lambda real: OtherDictionaries),
 }  # fmt: skip

@@ -15,7 +15,7 @@ class Check:
 
 _SLAB = {
     "parse": "find_rows, parse", "slab": "keep_rows, summarize, integers, labels, rows_of", "group": "rows by bucket",
-    "dictionaries": "code, new_keys, counts, recount", "finish": "shuffled, Finisher", "checksum": "CRC-32 in pieces",
+    "dictionaries": "code, new_keys, counts, recount", "finish": "Finisher", "checksum": "CRC-32 in pieces",
 }  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from gpu_etl.doctor.child import outcome
 from gpu_etl.doctor.samples import texts
 from gpu_etl.memory import Reused
 from gpu_etl.schema import choose_preset
-from gpu_etl.spill import first_number
+from gpu_etl.spill import NUMBERED, first_number
 
 ROWS = {"cpu": 3000, "cuda": 200_000}
 SEEDS = range(12)
@@ -44,14 +44,13 @@ class Sides:
         return self.truth, self.tried
 
 
-def on_host(array) -> np.ndarray:
-    """An array of either side, on the host."""
+def on_host(array, count: int) -> np.ndarray:
+    """What the first `count` rows of a slab have in an array of either side, on the host."""
     if isinstance(array, np.ndarray):
-        return array
-    from numba import cuda
+        return array[:count]
+    from gpu_etl.cuda_launch import download
 
-    cuda.synchronize()
-    return array.copy_to_host()
+    return download(array)[:count]
 
 
 def columns(kernels: ModuleType, values) -> np.ndarray:
@@ -61,7 +60,7 @@ def columns(kernels: ModuleType, values) -> np.ndarray:
 
 def same(tried, truth, what: str) -> None:
     """Raise AssertionError where two arrays differ, saying how."""
-    np.testing.assert_array_equal(on_host(tried), on_host(truth), err_msg=what, verbose=False)
+    np.testing.assert_array_equal(tried, truth, err_msg=what, verbose=False)
 
 
 def parse(sides: Sides) -> None:
@@ -71,7 +70,7 @@ def parse(sides: Sides) -> None:
         same(faults_there, faults, f"faults of {name}")
         good = faults == 0
         same(columns(sides.tried, tried)[good], columns(sides.truth, values)[good], f"values of {name}")
-        same(on_host(missing_there)[good], missing[good], f"missing fields of {name}")
+        same(on_host(missing_there, len(good))[good], missing[good], f"missing fields of {name}")
 
 
 def slab(sides: Sides) -> None:
@@ -86,7 +85,7 @@ def slab(sides: Sides) -> None:
         keep = np.arange(len(values)) % 3 != 1
         kept, kept_there = truth.keep_rows(values, missing, keep), tried.keep_rows(there, missing_there, keep)
         same(columns(tried, kept_there[0]), columns(truth, kept[0]), f"rows kept of {name}")
-        same(kept_there[1], kept[1], f"missing fields of rows kept of {name}")
+        same(on_host(kept_there[1], len(kept[1])), kept[1], f"missing fields of rows kept of {name}")
         host = np.asfortranarray(columns(truth, values).view(np.uint32))
         for shift, empty_value in ((0, 0), (2, 0), (5, 7), (-3, 1)):
             (mine, none), (theirs, none_there) = truth.upload(host.copy("F"), missing), tried.upload(host, missing)
@@ -127,7 +126,7 @@ def _same_dictionaries(sides: Sides, preset, text: bytes, what: str) -> None:
         for side, kernels in enumerate(sides.both()):
             piece = kernels.keep_rows(*parsed[side], keep)
             made[side].code(*piece, begin)
-            for column, new in zip(keys[side], made[side].new_keys(), strict=True):
+            for column, new in zip(keys[side], made[side].new_keys()(), strict=True):
                 column.append(new)
             coded = columns(kernels, piece[0])
             known = [np.concatenate([[0], counts.keys]) for counts in made[side].counts().columns]
@@ -151,26 +150,26 @@ def _same_dictionaries(sides: Sides, preset, text: bytes, what: str) -> None:
 
 
 def finish(sides: Sides) -> None:
-    """shuffled and Finisher: coded rows to records, for every seed, in file order and shuffled."""
+    """Finisher: coded rows to records, in file order, and shuffled by every seed."""
     random, n = np.random.default_rng(0), sides.rows
     ids = tuple(random.integers(0, 2**31 - 1, 30 + c).astype(np.int32) for c in range(26))
-    coded = random.integers(0, 30, (n, 40)).astype(np.int32)
-    coded[0, 1:14], coded[1, 1:14] = 2**31 - 1, 0
-    shifts, numbers = random.integers(-3, 4, n), random.permutation(n) + first_number(2)
-    for seed in SEEDS:
-        order, tried = (np.asarray(on_host(kernels.shuffled(numbers, seed))) for kernels in sides.both())
-        same(tried, order, f"order by seed {seed}")
-    for words in (coded, np.hstack([coded[:, :2], coded])):
-        for seed in (None, 5):
-            found = []
-            for kernels in sides.both():
-                finisher, records = kernels.Finisher(ids), np.zeros((n, 40), np.int32)
-                finisher.take(words, shifts, None if seed is None else kernels.shuffled(numbers, seed))
-                for begin in range(0, n, n // 2 - 3):
-                    end = min(begin + n // 2 - 3, n)
-                    records[begin:end] = finisher.finish(begin, end, np.empty((end - begin, 40), np.int32))()
-                found.append(records)
-            same(found[1], found[0], f"records, seed {seed}, {words.shape[1]} words a row")
+    numbered = np.zeros(n, NUMBERED)
+    numbered["coded"] = random.integers(0, 30, (n, 40))
+    numbered["coded"][0, 1:14], numbered["coded"][1, 1:14] = 2**31 - 1, 0
+    numbered["row"] = random.permutation(n)
+    numbered["row"][::3] += first_number(2)
+    coded = np.ascontiguousarray(numbered["coded"])
+    for seed in (None, *SEEDS, 2**63 + 5):
+        found = []
+        for kernels in sides.both():
+            finisher = kernels.Finisher(ids, np.array([2, 0, -3]))
+            records = kernels.host_bytes(n * 160).view(np.int32).reshape(n, 40)
+            finisher.take(coded, 2) if seed is None else finisher.take_shuffled(numbered, seed)
+            for begin in range(0, n, n // 2 - 3):
+                end = min(begin + n // 2 - 3, n)
+                finisher.finish(begin, end, records[begin:end])()
+            found.append(records.copy())
+        same(found[1], found[0], f"records, seed {seed}")
 
 
 def checksum(sides: Sides) -> None:
@@ -179,13 +178,20 @@ def checksum(sides: Sides) -> None:
     for size in (0, 1, 4095, 4096, 4097, 65_537, len(text)):
         piece, rest = text[:size], text[size:]
         assert crc.combine(zlib.crc32(piece), zlib.crc32(rest), len(rest)) == zlib.crc32(text), "CRCs put together"
-        if sides.tried is not cpu:
-            from numba import cuda
+        if piece and sides.tried is not cpu:
+            assert _crc_by_kernel(piece) == zlib.crc32(piece), f"CRC-32 of {len(piece)} bytes by the kernel"
 
-            from gpu_etl import cuda_direct
 
-            found = cuda_direct._checksum(cuda.to_device(np.frombuffer(piece, np.uint8)))
-            assert found == zlib.crc32(piece), f"CRC-32 of {size} bytes by the kernel"
+def _crc_by_kernel(text: bytes) -> int:
+    from gpu_etl.cuda_direct import PIECE, _checksums
+    from gpu_etl.cuda_kernel import blocks_for
+    from gpu_etl.cuda_launch import download, launch, upload_array
+
+    pieces = -(-len(text) // PIECE)
+    crcs, size = upload_array(np.zeros(pieces, np.uint32)), upload_array(np.array([len(text)]))
+    there = upload_array(np.frombuffer(text, np.uint8))
+    launch(_checksums, blocks_for(pieces), there, size, upload_array(crc.table()), crcs)
+    return int(crc.combine_pieces(download(crcs), PIECE, len(text)))
 
 
 CHECKS: dict[str, Callable[[Sides], None]] = {
@@ -194,11 +200,14 @@ CHECKS: dict[str, Callable[[Sides], None]] = {
 
 
 def usable(kernels: ModuleType) -> None:
-    """Use the device at all: a tiny slab, a tiny sort."""
+    """Use the device at all: a tiny slab, a tiny shuffle."""
     text = np.frombuffer(texts(20)["ragged"], np.uint8)
     values, _, faults = kernels.parse(text, kernels.find_rows(text), Reused())
     assert len(faults) == 20 and not faults.any() and len(kernels.labels(values)) == 20
-    assert sorted(on_host(kernels.shuffled(np.arange(20), 0)).tolist()) == list(range(20))
+    finisher = kernels.Finisher((np.arange(9, dtype=np.int32),) * 26, np.zeros(1, np.int64))
+    finisher.take_shuffled(np.zeros(20, NUMBERED), 0)
+    records = kernels.host_bytes(20 * 160).view(np.int32).reshape(20, 40)
+    assert not finisher.finish(0, 20, records)().any()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 from gpu_etl import rows
 from gpu_etl.doctor import specification
 from gpu_etl.schema import COLUMNS, FIRST_DENSE, FIRST_SPARSE, RECORD_DTYPE, SPARSE
-from gpu_etl.spill import NUMBERED
+from gpu_etl.spill import DAY_SHIFT, NUMBERED
 from gpu_etl.tally import Summary
 from gpu_etl.vocabulary import ColumnCounts, Counts
 
@@ -108,17 +108,21 @@ def group(values: np.ndarray, first_row: int, seed: int, buckets: int, memory):
     return lambda: (numbered, np.cumsum(np.bincount(bucket, minlength=buckets)))
 
 
-def shuffled(numbers: np.ndarray, seed: int) -> np.ndarray:
-    return np.array(sorted(range(len(numbers)), key=lambda i: _key(seed, int(numbers[i]))), np.int64)
-
-
 class Finisher:
-    def __init__(self, ids: tuple[np.ndarray, ...]):
-        self._ids = ids
+    def __init__(self, ids: tuple[np.ndarray, ...], shifts: np.ndarray):
+        self._ids, self._day_shifts = ids, shifts
 
-    def take(self, coded: np.ndarray, shifts: np.ndarray, order: np.ndarray | None = None) -> None:
-        order = np.arange(len(coded)) if order is None else order
-        self._rows, self._shifts = coded[order, -COLUMNS:].astype(np.int64), shifts[order]
+    def take(self, coded: np.ndarray, day: int):
+        self._rows = coded[:, -COLUMNS:].astype(np.int64)
+        self._shifts = np.full(len(coded), self._day_shifts[day])
+        return lambda: None
+
+    def take_shuffled(self, numbered: np.ndarray, seed: int):
+        numbers = numbered["row"].tolist()
+        order = sorted(range(len(numbers)), key=lambda i: _key(seed, numbers[i]))
+        self._rows = numbered["coded"][order].astype(np.int64)
+        self._shifts = np.array([self._day_shifts[numbers[i] >> DAY_SHIFT] for i in order], np.int64)
+        return lambda: None
 
     def finish(self, begin: int, end: int, records: np.ndarray):
         part, shifts = self._rows[begin:end], self._shifts[begin:end, None]
@@ -159,10 +163,10 @@ class Dictionaries:
                     entry = entries[code - 1]
                     entry[1], entry[2] = entry[1] + 1, min(entry[2], number)
 
-    def new_keys(self) -> list[np.ndarray]:
+    def new_keys(self):
         found = [np.array(list(col)[n:], np.uint32) for col, n in zip(self._columns, self._reported, strict=True)]
         self._reported = [len(column) for column in self._columns]
-        return found
+        return lambda: found
 
     def counts(self) -> Counts:
         columns = []

@@ -95,7 +95,7 @@ def _whole_day(path: Path, kernels) -> tuple[np.ndarray, np.ndarray, int]:
         found, empty, faults = slab.parse(kernels, Reused(kernels.host_bytes))
         assert not faults.any(), f"{path.name}: {np.count_nonzero(faults)} good rows found bad"
         values.append(columns(kernels, found).copy())
-        missing.append(on_host(empty).copy())
+        missing.append(on_host(empty, len(faults)).copy())
         slab.release()
     return np.concatenate(values), np.concatenate(missing), source.crc32
 
