@@ -22,6 +22,7 @@ class Journal:
         except BlockingIOError:
             raise DataError(f"{path}: another run is at work there; wait for it, or choose another --out") from None
         self.events: list[dict] = []
+        self._held: int | None = None
         whole = 0
         for line in path.read_bytes().splitlines(keepends=True):
             if not line.endswith(b"\n"):
@@ -33,7 +34,17 @@ class Journal:
     def record(self, **event) -> None:
         """Append an event. Everything it speaks of must have been written before."""
         self.events.append(event)
-        os.write(self._file, (json.dumps(event) + "\n").encode())
+        if self._held is None:
+            os.write(self._file, (json.dumps(event) + "\n").encode())
+
+    def hold(self) -> None:
+        """From now on, remember events for this process alone: a later run does not go on where this one was."""
+        self._held = len(self.events)
+
+    def resume(self) -> None:
+        """Forget what was recorded since hold(), and write what is recorded from now on."""
+        del self.events[self._held :]
+        self._held = None
 
     def all(self, key: str) -> list:
         """What the events that have `key` hold under it, in order."""

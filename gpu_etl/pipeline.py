@@ -11,7 +11,7 @@ from types import ModuleType
 
 import numpy as np
 
-from gpu_etl import backend, formats, manifest, splits, vocabulary
+from gpu_etl import backend, formats, kept, manifest, splits, vocabulary
 from gpu_etl.counting import CountPass
 from gpu_etl.encoding import EncodePass, day_shifts, scatter
 from gpu_etl.errors import BadRowError, DataError, DeviceMemoryError
@@ -21,7 +21,7 @@ from gpu_etl.schema import FIRST_DENSE
 from gpu_etl.settings import Settings
 from gpu_etl.shuffle import Buckets
 from gpu_etl.tally import Tally
-from gpu_etl.workfolder import WORK, describe_job, finished, prepare, publish
+from gpu_etl.workfolder import WORK, describe_job, finished, guess_rows, prepare, publish
 
 JOURNAL, IDS = "journal.jsonl", "ids.npz"
 
@@ -92,14 +92,15 @@ def _encode(
 ) -> None:  # fmt: skip
     """The encode pass, split by split; training rows come from the buckets, if rows are shuffled."""
     day_rows = [tally.kept for tally in counting.tallies]
-    if settings.shuffle and not any(counting.to_buckets) and not journal.all("gathered"):
+    spilled = counting.store is None and settings.shuffle and not any(counting.to_buckets)
+    if spilled and not journal.all("gathered"):
         scatter(counting.spill, buckets, day_rows, *ranges["train"], journal)
     shifts = day_shifts([tally.smallest for tally in counting.tallies], settings.preset)
     with np.load(work / IDS) as arrays:
         ids = tuple(arrays.values())
-    encoding = EncodePass(
-        kernels, counting.spill, buckets, day_rows, shifts, ids, table_sizes, settings.form, journal, work
-    )
+    passed = kernels, counting.spill, buckets, day_rows, shifts, ids, table_sizes, settings.form, journal, work
+    store = counting.store
+    encoding = EncodePass(*passed) if store is None else kept.KeptEncodePass(store.kept, settings.seed, *passed)
     finished = {event["name"] for event in journal.all("split")}
     for split, (begin, end) in ranges.items():
         if split not in finished:
@@ -137,6 +138,9 @@ def _run(
         settings.max_bad_rows, settings.to_buckets(len(sources)),
     )  # fmt: skip
     buckets = _buckets(settings, job, counting, journal, work)
+    on_device = kept.begin(kernels, journal, guess_rows(sources, settings.preset)) if settings.keep_on_device else None
+    if on_device is not None:
+        counting.store = kept.Store(on_device, journal, counting.spill, buckets, counting.to_buckets)
     table_sizes = _count(kernels, counting, buckets, settings, journal, work, report)
     ranges = _ranges(counting.tallies, settings)
     if not journal.all("files"):

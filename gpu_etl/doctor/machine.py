@@ -20,6 +20,7 @@ DISK_BYTES, BLOCK = 256 << 20, 8 << 20
 SIMPLE = {  # module -> distribution, and what it is for
     "isal": ("isal", "gzip days three times as fast"), "zstandard": ("zstandard", ".zst days"),
     "distributed": ("distributed", "--workers, --scheduler"), "pyarrow": ("pyarrow", "Parquet days, predict"),
+    "pydantic": ("pydantic", "all commands"),
     "safetensors": ("safetensors", "checkpoints"), "tqdm": ("tqdm", "all commands"),
     "matplotlib": ("matplotlib", "--png, --plot, --log_dir"), "tensorboard": ("tensorboard", "--log_dir"),
 }  # fmt: skip

@@ -80,7 +80,7 @@ class DaliLoader(Loader):
     def _on_gpu(self, unit: Unit, slot: Slot, picks: torch.Tensor | None, output):
         with torch.cuda.stream(self._stream):
             block = torch.from_dlpack(output[0])
-            whole = unpacked(block, picks, self.source)
+            whole = unpacked(block, picks, self.source, self._bounds)
             # The loader's stream has waited for DALI's copy: past this event, nobody reads the slot or the block.
             slot.give_back(self._stream.record_event(), block)
         yield unit.sizes, whole

@@ -11,6 +11,7 @@ from gpu_etl.counting import CODING
 from gpu_etl.errors import DataError
 from gpu_etl.extract import Slab, TextSlab, open_sources, read_day
 from gpu_etl.load.batch import Batch, make_batch
+from gpu_etl.load.identity import check_vocabulary
 from gpu_etl.manifest import Manifest
 from gpu_etl.memory import Reused
 from gpu_etl.rows import INT32_MAX
@@ -25,12 +26,14 @@ class RawDay:
     """A day file (text, gzip, zstd, Parquet) in the ids of the data set in `folder`, which `encode` made.
 
     Text without labels, 39 fields a row as in Kaggle's test.txt, is taken too: `labelled` is False then, labels are 0.
-    Raises DataError where the data set has no id maps, and at the first bad row.
+    Raises DataError where the data set has no id maps or others than its manifest tells of, and at the first bad row.
     """
 
     def __init__(self, folder: Path, path: Path):
         (self._source,) = open_sources([path])
-        self._preset = Preset(**Manifest.read(folder).settings["preset"])
+        manifest = Manifest.read(folder)
+        check_vocabulary(folder, manifest)
+        self._preset = Preset(**manifest.settings["preset"])
         self._lookup = Vocabulary.load(folder).lookup()
         self.labelled = self._has_labels()
 

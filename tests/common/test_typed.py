@@ -1,0 +1,84 @@
+"""The reader of JSON and YAML from outside converts nothing, and says what is wrong with each key."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from common import typed
+
+
+class WrongError(Exception):
+    pass
+
+
+@dataclass(frozen=True)
+class File:
+    __pydantic_config__ = typed.STRICT
+    bytes: int
+    crc32: str = ""
+
+
+@dataclass(frozen=True)
+class Thing:
+    __pydantic_config__ = typed.STRICT
+    count: int
+    sizes: tuple[int, ...] = ()
+    share: float = 1.0
+    flag: bool = False
+    files: dict[str, File] | None = None
+    more: tuple[File, ...] = ()
+
+    def __post_init__(self):
+        if self.count < 0:
+            raise ValueError(f"count: expected 0 or more, got {self.count}")
+
+
+def test_what_fits_is_read_with_its_defaults():
+    text = b'{"count": 3, "sizes": [1, 2], "share": 2, "files": {"a": {"bytes": 1}}}'
+    assert typed.read_json(Thing, text, "f", WrongError) == Thing(3, (1, 2), 2.0, False, {"a": File(1)})
+    assert typed.read(Thing, {"count": 3, "sizes": [1]}, "f", WrongError) == Thing(3, (1,))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('{"count": "13"}', "f: count: expected a valid integer, got '13'"),
+        ('{"count": 13.0}', "f: count: expected a valid integer, got 13.0"),
+        ('{"count": 1e30}', "f: count: expected a valid integer"),
+        ('{"count": true}', "f: count: expected a valid integer, got True"),
+        ('{"count": 1, "sizes": [1, true]}', "f: sizes.1: expected a valid integer, got True"),
+        ('{"count": 1, "sizes": 5}', "f: sizes: expected a valid array, got 5"),
+        ('{"count": 1, "flag": "false"}', "f: flag: expected a valid boolean, got 'false'"),
+        ('{"count": 1, "flag": 0}', "f: flag: expected a valid boolean, got 0"),
+        ('{"count": 1, "share": NaN}', "f: damaged, or not JSON: NaN is no number of JSON"),
+        ('{"count": 1, "share": 1e999}', "f: share: expected a finite number"),
+        ('{"count": -1}', "f: count: expected 0 or more, got -1"),
+        ('{"count": 1, "count": 2}', "f: damaged, or not JSON: the key 'count' is there twice"),
+        ('{"cuont": 1}', "f: cuont: no such key; did you mean count?"),
+        ('{"count": 1, "zzz": 1}', "f: zzz: no such key; expected count, sizes, share, flag, files, more"),
+        ('{"count": 1, "files": {"a": {"byte": 1}}}', "f: files.a.byte: no such key; did you mean bytes?"),
+        ('{"count": 1, "more": [{"bytes": 1, "crc": ""}]}', "f: more.0.crc: no such key; did you mean crc32?"),
+        ('{"flag": true}', "f: count: missing"),
+        ("[1]", "f: expected an object of keys and values, got [1]"),
+        ("{", "f: damaged, or not JSON"),
+        ("[" * 100_000, "f: damaged, or not JSON"),
+        (b'{"count": 1}\xff', "f: damaged, or not JSON"),
+    ],
+)
+def test_what_does_not_is_told(text, words):
+    with pytest.raises(WrongError) as raised:
+        typed.read_json(Thing, text, "f", WrongError)
+    assert words in str(raised.value)
+
+
+def test_each_wrong_key_has_its_line():
+    with pytest.raises(WrongError) as raised:
+        typed.read(Thing, {"count": "1", "flag": 2, "shar": 1.0, "sizes": list("x" * 99)}, "f", WrongError)
+    lines = str(raised.value).splitlines()
+    assert len(lines) == 102 and all(line.startswith("f: ") for line in lines)
+
+
+def test_long_values_are_cut():
+    with pytest.raises(WrongError) as raised:
+        typed.read(Thing, {"count": "1" * 10_000}, "f", WrongError)
+    assert len(str(raised.value)) < 200
