@@ -14,9 +14,9 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-from isal import igzip
 
 from gpu_etl import cpu, shuffle
+from gpu_etl.codecs import read_gzip
 from gpu_etl.counting import CountPass
 from gpu_etl.extract import open_sources, read_day
 from gpu_etl.journal import Journal
@@ -57,7 +57,7 @@ def _inflate(path: Path, threads: int) -> None:
     """A file a thread, as packed text cannot be cut."""
 
     def one() -> None:
-        with igzip.open(path) as file:
+        with open(path, "rb") as stored, read_gzip(stored) as file:
             while file.read(1 << 20):
                 pass
 

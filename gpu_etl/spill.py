@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from isal import isal_zlib
 
+from gpu_etl.codecs import crc32
 from gpu_etl.errors import WorkDamagedError
 from gpu_etl.schema import COLUMNS, RECORD_BYTES, RECORD_DTYPE, SPARSE
 
@@ -66,7 +66,7 @@ class Spill:
         self.folder = folder
         self._files = [open_cut(folder / f"rows_{day}", rows * RECORD_BYTES) for day, rows in enumerate(kept)]
         self._key_file = open_cut(folder / KEYS, keys * KEY.itemsize)
-        self.keys_crc = isal_zlib.crc32(np.fromfile(folder / KEYS, np.uint8))
+        self.keys_crc = crc32(np.fromfile(folder / KEYS, np.uint8))
 
     def add(self, day: int, coded: np.ndarray) -> None:
         """Append rows int32 [n, 40], C-contiguous, of a day. They are with the kernel on return."""
@@ -88,7 +88,7 @@ class Spill:
         columns = np.repeat(np.arange(SPARSE, dtype=KEY), [len(column) for column in keys])
         stored = columns << 32 | np.concatenate(keys)
         append(self._key_file, stored)
-        self.keys_crc = isal_zlib.crc32(stored, self.keys_crc)
+        self.keys_crc = crc32(stored, self.keys_crc)
         return len(columns)
 
     def keys(self) -> list[np.ndarray]:

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("dask.distributed")
 from dask.distributed import LocalCluster
 
 from gpu_etl import cluster as cluster_module
