@@ -2,7 +2,7 @@
 
     python -m bench quickstart    synthetic days -> data set -> trained DLRM -> AUC beside the best there is (make run)
     python -m bench kaggle        real rows by facebookresearch/dlrm's recipe and by ours, mean AUC of three seeds
-    python -m bench etl           raw text -> data set, beside a Polars pipeline that does the same work; --stages: one by one
+    python -m bench etl           raw text -> data set, beside a Polars pipeline that does the same work
     python -m bench workers       the same on two Dask workers, beside one and beside what the machine allows
     python -m bench slab          the encoder's functions one by one, CPU or GPU, beside pandas or cuDF
     python -m bench kernels       the encoder's GPU kernels compiled: registers, spills, bytes moved
