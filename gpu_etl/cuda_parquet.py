@@ -206,6 +206,16 @@ def _field(column) -> Field:
     return Field(_array(column.data(), count, np.uint8 if kind == "BOOL8" else kind.lower()), None, valid)
 
 
+@cache
+def _pool_memory() -> None:
+    """Let libcudf take its memory from the driver's pool: by default each buffer of each column is allocated for
+    itself."""
+    import rmm
+
+    if type(rmm.mr.get_current_device_resource()) is rmm.mr.CudaMemoryResource:
+        rmm.mr.set_current_device_resource(rmm.mr.CudaAsyncMemoryResource())
+
+
 def _decoded(source: Source, slab_bytes: int, skip: int) -> Iterator[tuple[list[Field], int, int]]:
     """Columns, rows and bytes of some rows after another, decoded on the stream "read"."""
     try:
@@ -215,6 +225,7 @@ def _decoded(source: Source, slab_bytes: int, skip: int) -> Iterator[tuple[list[
             f"{source.path}: Parquet on a GPU is decoded by cuDF, which is missing ({error}); "
             "`pip install -r requirements-gpu.txt`, or --device cpu"
         ) from error
+    _pool_memory()
     info = pylibcudf.io.SourceInfo([str(source.path)])
     options = pylibcudf.io.parquet.ParquetReaderOptions.builder(info).build()
     options.set_skip_rows(skip)

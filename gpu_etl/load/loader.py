@@ -11,7 +11,7 @@ import torch
 
 from gpu_etl.errors import DataError
 from gpu_etl.load.batch import Batch
-from gpu_etl.load.order import UNIT_ROWS, Order, Unit
+from gpu_etl.load.order import GPU_UNIT_ROWS, UNIT_ROWS, Order, Unit
 from gpu_etl.load.sources import Source
 from gpu_etl.load.unpack import DeviceBounds, Memory, OutOfRangeError, Unpacker, empty_block, unpack_block
 from gpu_etl.prefetch import prefetch
@@ -26,8 +26,8 @@ class Loader:
     """Batches of a split on `device`; the same ones, bit for bit, whichever kind of loader reads them.
 
     shuffle, seed, buffer, rank, world: the order (order.Order). ahead: units (batches, where these are of 32,768 rows
-    or more) made ahead in a thread. len() is the number of batches in an epoch, the short last one included; it is the
-    same on every rank.
+    or more; 131,072 on a GPU) made ahead in a thread. len() is the number of batches in an epoch, the short last one
+    included; it is the same on every rank.
     """
 
     name = ""
@@ -39,7 +39,8 @@ class Loader:
         self.source, self.device, self.ahead = source, torch.device(device), ahead
         if self.device == torch.device("cuda"):
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.order = Order(source.rows, batch_size, shuffle, seed, buffer, rank, world)
+        at_once = GPU_UNIT_ROWS if self.device.type == "cuda" else UNIT_ROWS
+        self.order = Order(source.rows, batch_size, shuffle, seed, buffer, rank, world, at_once)
         if self.order.window == 1:  # else a batch's rows come from all over its window, and no range tells them
             self.ranges = self.order.ranges
         self._memory, self._spare_slots = Memory(), deque()

@@ -3,6 +3,7 @@
 A case named seeded_* puts a fault back that the code once had, and holds that the fake driver finds it.
 """
 
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from numba import cuda as numba_cuda
@@ -28,6 +30,7 @@ from gpu_etl import (
     pipeline,
     prefetch,
 )
+from gpu_etl.errors import DataError
 from gpu_etl.pipeline import Settings, encode_days
 from gpu_etl.schema import choose_preset
 from gpu_etl.shuffle import start_of_keys
@@ -126,6 +129,18 @@ def workers() -> None:
     cluster._local_cluster = lambda settings: LocalCluster(n_workers=2, threads_per_worker=1, processes=False)
     with days(20, 20, 10) as paths:
         agrees_with_the_cpu(paths, workers=2)
+
+
+def too_many_workers() -> None:
+    """More workers than there are GPUs: words, not an error of dask-cuda's."""
+    sys.modules["dask_cuda"] = SimpleNamespace(LocalCUDACluster=None)
+    with days(5, 5) as paths, tempfile.TemporaryDirectory() as out:
+        try:
+            encode_days(paths, Path(out) / "set", Settings(device="cuda", workers=2))
+        except DataError as error:
+            assert "each takes a GPU, and 1 are visible" in str(error)
+        else:
+            raise AssertionError("not refused")
 
 
 WAITS = {"cuStreamSynchronize", "cuEventSynchronize", "cuCtxSynchronize"}
