@@ -115,7 +115,7 @@ def _stages(folder: Path, text: np.ndarray) -> dict[str, tuple[Callable[[int], o
         "read buckets": (lambda threads: _read_buckets(read, memory, threads), 0),
         "argsort keys": (lambda threads: np.argsort(shuffle.keys_of(0, numbers)), 0),
         "finish": (lambda threads: finisher.finish(0, len(records), records)(), 0),
-        "write records": (lambda threads: append(file, records), 0),
+        "write records": (lambda threads: (append(file, records), file.truncate(0)), 0),
         "sha256 of records": (lambda threads: hashlib.sha256(records), 0),
     }
 
