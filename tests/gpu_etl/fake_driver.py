@@ -84,6 +84,7 @@ class Stream:
 
 
 memory: dict[int, Allocation] = {}
+_freed_too_early: list[Allocation] = []
 streams: dict[int, Stream] = {}
 events: dict[int, tuple[int, int, Clock]] = {}  # event -> stream, its operations before the event, clock
 _host: Clock = {}  # what the host has waited for
@@ -116,6 +117,7 @@ def _free(address: int) -> None:
         there = memory.pop(int(address))
         for access in there.accesses:
             if access.number > streams[access.stream].done:
+                _freed_too_early.append(there)  # or what uses it would crash
                 stack = [f for f in traceback.extract_stack() if "gpu_etl" in f.filename]
                 at = " ".join(f"{f.filename.rpartition('/')[2]}:{f.lineno}" for f in stack[-4:-2])
                 faults.append(f"memory freed while {access.name} is under way, at {at}")
