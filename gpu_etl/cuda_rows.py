@@ -207,10 +207,11 @@ class TextRoom:
 
 
 class TextRooms:
-    """Rooms that threads which read ahead take, and the parser gives back."""
+    """Rooms that threads which read ahead take, and the parser's thread gives back."""
 
     def __init__(self):
         self._free: list[TextRoom] = []
+        self._small: list[TextRoom] = []
         self._lock = threading.Lock()
 
     def take(self, size: int) -> TextRoom:
@@ -219,19 +220,22 @@ class TextRooms:
             for place, room in enumerate(self._free):
                 if room.size >= size:
                     return self._free.pop(place)
-            if self._free:  # too small for what is read now, and never to be used again
-                small = self._free.pop()
-                small.free.wait()
-                budget.take("text", -small.size)
-                del small
-            size = 1 << (size - 1).bit_length()  # slabs differ by some bytes
-            budget.take("text", size)
+            # Too small for what is read now, and never to be used again. Numba frees in one thread at a time only, so
+            # that is left to the one that gives back.
+            self._small += self._free
+            self._free = []
+        size = 1 << (size - 1).bit_length()  # slabs differ by some bytes
+        budget.take("text", size)
         return TextRoom(device_array(size, np.uint8), size)
 
     def give(self, room: TextRoom) -> None:
         """Give it back; nothing that starts later reads it."""
         with self._lock:
             self._free.append(room)
+            small, self._small = self._small, []
+        for room in small:
+            room.free.wait()
+            budget.take("text", -room.size)
 
 
 text_rooms = TextRooms()
