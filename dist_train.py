@@ -25,19 +25,25 @@ import torch
 import torch.distributed as dist
 
 import train
-from model import checkpoint, flags, options, placement
+from gpu_etl.load.identity import sample
+from model import checkpoint, flags, options, placement, runs
 from model.config import ConfigError, ModelConfig
 from model.distributed import RankKeeper, RankLoader, RankTrainer, make_model
 from model.dlrm import DLRM
 from model.embedding import Storage
 from model.keeper import Keeper
 from model.optimizers import Optimizer
+from model.outcome import StoppedError, explain
 from model.predict import MACHINES, Job
 from model.ranks import BACKENDS, choose_device, join
 from model.sharding import Plan, read_plan
+from model.state import State
 from model.watch import Watch
 
 WIRES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Flags that ranks need not have in common: paths on their machine, what is theirs to choose, what only rank 0 uses.
+RANKS_OWN = {"dataset", "model_config", "ckpt", "local_rank", "log_dir", "mlperf_log", "plan", "save_plan", "memory",
+             "loader", "cache", "prefetch", "threads"}  # fmt: skip
 STARTED = ".started"  # in --output_dir: this run may go on from the checkpoints there
 MEMORY_SHARE = 0.9  # of what is free, for the plan; the rest is for what it does not know of
 
@@ -75,6 +81,10 @@ class RankSession(train.Session):
         """Meet the other ranks; rank 0 says which checkpoint to go on from, and alone writes logs."""
         args, device = self.args, choose_device(self.args.device)
         self.ranks = join(args.backend, device, self._store)
+        # What each rank has for itself may differ; all else shapes the steps, or the order in which ranks meet.
+        shared = {f"--{name}": str(value) for name, value in vars(args).items() if name not in RANKS_OWN}
+        shared["torch"] = torch.__version__
+        self.ranks.check_same(shared, "not the flags of rank 0", "start all ranks with the same ones")
         args.ckpt = self.ranks.first(args.ckpt)
         if self.ranks.rank:
             args.log_dir = args.mlperf_log = None
@@ -90,7 +100,7 @@ class RankSession(train.Session):
                 "--embedding_dtype, --stochastic_rounding, --table_placement: expected train.py; the tables of several "
                 "ranks are float32 on their devices"
             )
-        self.check_same_data()
+        self.check_same_data(config)
         half = args.amp or args.fp16 or (args.fp16 is None and self.device.type == "cuda")
         job = Job(config, args.batch_size, tables.name, placement.WIRES[args.wire_dtype], 2 if half else 4)
         self.plan = ranks.first(self.make_plan(job) if ranks.rank == 0 else self.machine() and None)
@@ -122,16 +132,16 @@ class RankSession(train.Session):
         free = 1e9 * self.args.memory if self.args.memory else MEMORY_SHARE * free
         return replace(MACHINES[name], memory=min(self.ranks.everyone(free)))
 
-    def check_same_data(self) -> None:
-        """Raise ConfigError where ranks see other data than rank 0 does."""
+    def check_same_data(self, config: ModelConfig) -> None:
+        """Raise ConfigError where a rank sees other data, or another model, than rank 0 does."""
         found = {split: source.rows for split, source in self.data.splits.items()}
         if self.data.manifest:
             found |= {name: file.get("sha256") for name, file in self.data.manifest.files.items()}
-        expected = self.ranks.everyone(found)[0]
-        keys = [key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key)]
-        if keys:
-            what = ", ".join(f"{key}: {found.get(key)} here, {expected.get(key)} on rank 0" for key in sorted(keys))
-            raise ConfigError(f"{self.data.folder}: not the data set that rank 0 sees: {what} (rows or checksums)")
+        found |= {f"bytes of {split}": sample(source.paths) for split, source in self.data.splits.items()}
+        what = f"{self.data.folder}: not the data set that rank 0 sees"
+        self.ranks.check_same(found, what, "(rows, or checksums) give all ranks the same files")
+        model = {key: list(value) if isinstance(value, tuple) else value for key, value in config.to_json().items()}
+        self.ranks.check_same(model, "not the model that rank 0 has", "give all ranks the same --model_config")
 
     def make_trainer(self, *settings) -> RankTrainer:
         """What trains this rank's share of batches."""
@@ -148,9 +158,17 @@ class RankSession(train.Session):
             self._kept[split] = found
         return found
 
-    def restore(self, folder: Path) -> dict:
+    def restore(self, folder: Path) -> State:
         """Go on where a checkpoint is, written by any number of ranks."""
         return checkpoint.restore(folder, self.trainer, self.ranks)
+
+    def plan_run(self) -> runs.Run:
+        """Who this run is: rank 0 says."""
+        return self.ranks.first(super().plan_run() if self.ranks.rank == 0 else None)
+
+    def claim(self, run: runs.Run, must_lock: bool) -> runs.Run:
+        """Rank 0 makes the run's folder its own."""
+        return self.ranks.first(super().claim(run, must_lock) if self.ranks.rank == 0 else None)
 
     def fill(self) -> None:
         """Take the weights of --ckpt."""
@@ -174,16 +192,16 @@ def prepare(args: argparse.Namespace) -> None:
     if int(os.environ.get("RANK", 0)) or not int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         return
     # A run that is started again must not take an earlier run's checkpoints for its own: the first start leaves a mark.
-    mark, found = args.output_dir / STARTED, checkpoint.steps_in(args.output_dir)
+    mark, found = args.output_dir / STARTED, checkpoint.latest(args.output_dir)
     restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     if restarts and mark.exists():
-        args.ckpt = found[-1][1] if found else args.ckpt
+        args.ckpt = found or args.ckpt
         train.say(f"started again, time {restarts}")
         return
     mark.unlink(missing_ok=True)
     if found and not args.ckpt:
         raise ConfigError(
-            f"--output_dir {args.output_dir}: holds {found[-1][1].name} of an earlier run, which this one would go on "
+            f"--output_dir {args.output_dir}: holds {found.name} of an earlier run, which this one would go on "
             "from after a fault; name another folder, or --ckpt auto to go on with that run"
         )
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -201,13 +219,13 @@ def run(args: argparse.Namespace, watch: Watch | None, store: dist.Store | None)
 
     try:
         result = train.run(args, make_session)
-    except train.StoppedError:
+    except StoppedError:
         part(sessions[0], watch)
         raise
     session = sessions[0]
     if session.ranks.rank == 0:
         more = {"command": "dist_train", "world": session.ranks.world, "placement": session.plan.kinds()}
-        print(json.dumps({**result, **more}), flush=True)
+        print(json.dumps(train.jsonable({**result, **more}), allow_nan=False), flush=True)
     part(session, watch)
 
 
@@ -229,12 +247,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with contextlib.redirect_stderr(quiet) if quiet else contextlib.nullcontext():
             run(args, watch, store)
-    except train.StoppedError as stopped:
+    except StoppedError as stopped:
         if not quiet:
             train.say(str(stopped))
         return stopped.status
     except train.EXPECTED as error:
-        status, words = train.explain(error)
+        status, words = explain(error)
         if watch:
             watch.failed(status, words)
         train.say(words)

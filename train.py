@@ -16,7 +16,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -25,20 +25,24 @@ from tqdm import tqdm
 from gpu_etl.errors import DataError
 from gpu_etl.load.cpu import CpuLoader
 from gpu_etl.load.dataset import DataSet, open_dataset
+from gpu_etl.load.identity import meaning, rows_digest, sample
 from gpu_etl.load.raw import RawDay
 from gpu_etl.load.resident import ResidentLoader
 from gpu_etl.load.scores import ScoreWriter
-from gpu_etl.schema import split_file
-from model import checkpoint, flags, inference, options
+from gpu_etl.schema import DENSE, SPARSE
+from model import checkpoint, flags, inference, memory, options, runs
 from model.config import ConfigError, ModelConfig, read_config
 from model.device import choose_device, set_threads
 from model.dlrm import DLRM
 from model.engine import fit, profile
 from model.keeper import Keeper
-from model.logs import RunLog, summary
+from model.logs import RunLog, jsonable, summary
 from model.metrics import Metrics, measure
 from model.mlperf_log import MLPerfLog
 from model.optimizers import Optimizer
+from model.outcome import StoppedError, explain
+from model.runs import RunState
+from model.state import State
 from model.trainer import Trainer
 
 
@@ -54,10 +58,12 @@ def open_data(args: argparse.Namespace) -> tuple[DataSet, ModelConfig]:
     """
     data = open_dataset(args.dataset, args.dataset_type)
     if args.mode != "train":
-        config = trained_config(args)
-        check_ids(data, config)
+        args.ckpt = checkpoint.find(args.ckpt)
+        config = checkpoint.read_state(args.ckpt).model
+        check_data(args, data, config)
         return data, config
     config, path = read_config(args.model_config)
+    config.check_columns(DENSE, SPARSE, str(path))
     if data.manifest:
         config, path = config.with_tables(data.manifest.table_sizes), "manifest.json"
     check_ids(data, config)
@@ -65,19 +71,26 @@ def open_data(args: argparse.Namespace) -> tuple[DataSet, ModelConfig]:
     return data, config
 
 
-def trained_config(args: argparse.Namespace) -> ModelConfig:
-    """The configuration of --ckpt's model."""
-    args.ckpt = checkpoint.find(args.ckpt)
-    return ModelConfig.from_json(checkpoint.read_state(args.ckpt)["model"], str(args.ckpt))
+def check_data(args: argparse.Namespace, data: DataSet, config: ModelConfig, place: dict | None = None) -> RunState:
+    """What --ckpt says of its run. Raises ConfigError or DataError where the data set is not one that its model can be
+    used with, or (place: Session.place()) be trained on with; what cannot be told is said."""
+    there = runs.run_state(checkpoint.read_state(args.ckpt), args.ckpt)
+    given = runs.Given(data.folder, meaning(data), place, args.allow_other_data)
+    for remark in runs.compare(there, given, args.ckpt):
+        say(remark)
+    check_ids(data, config)
+    return there
 
 
 def check_ids(data: DataSet, config: ModelConfig) -> None:
-    """Raise DataError or ConfigError where the data set's ids are not those of the model."""
+    """Raise DataError or ConfigError where the data set's ids are not those of the model; loaders look from now on."""
     sizes = list(config.categorical_feature_sizes)
+    config.check_columns(DENSE, SPARSE, "the model")
     if data.manifest and data.manifest.table_sizes != sizes:
         raise ConfigError(
             f"{data.folder}: expected the data set that --ckpt was trained on, got one with other table sizes"
         )
+    data.bound(None if config.hash_indices and not data.manifest else sizes)
     if not data.manifest and not config.hash_indices:
         rows = sum(source.rows for source in data.splits.values())
         with tqdm(total=rows, desc="check ids", unit="rows", unit_scale=True, file=sys.stderr, leave=False) as bar:
@@ -88,14 +101,15 @@ class Session:
     """The data, the model and what trains it, as the flags say: in one process (dist_train.py has one of many)."""
 
     def __init__(self, args: argparse.Namespace):
-        self.args = args
+        self.args, self.claimed = args, None
         self.device = self.join()
         set_threads(args.threads)
         self.mlperf = MLPerfLog(args.mlperf_log) if args.mlperf_log and args.mode == "train" else None
         self.data, config = open_data(args)
         torch.manual_seed(args.seed)
         mlps, tables = options.optimizers(args)
-        model = self.make_model(config, tables)
+        with memory.explained(memory.tables(config, tables, options.storage(args).dtype), memory.SMALLER_TABLES):
+            model = self.make_model(config, tables)
         steps = -(-self.data.splits["train"].rows // args.batch_size)
         schedule, precision = options.schedule(args, steps), options.precision(args, self.device)
         table_lr = (args.embedding_lr or args.lr) / args.lr
@@ -133,9 +147,25 @@ class Session:
             return DaliLoader(*found, **share)
         return CpuLoader(*found, **share)
 
-    def restore(self, folder: Path) -> dict:
+    def restore(self, folder: Path) -> State:
         """Go on where a checkpoint is; returns its state."""
         return checkpoint.restore(folder, self.trainer)
+
+    def plan_run(self) -> runs.Run:
+        """Who this run is, and which folder is to be its own."""
+        return runs.plan(self.args.output_dir, self.args.ckpt)
+
+    def claim(self, run: runs.Run, must_lock: bool) -> runs.Run:
+        """Make the run's folder its own until end(); returns the run as it is then."""
+        self.claimed = runs.Claim(run, must_lock)
+        if self.claimed.said:
+            say(self.claimed.said)
+        return self.claimed.run
+
+    def end(self) -> None:
+        """Let others have what this run held."""
+        if self.claimed:
+            self.claimed.release()
 
     def fill(self) -> None:
         """Take the weights of --ckpt."""
@@ -148,15 +178,14 @@ class Session:
     def test(self, split: str) -> Metrics:
         """Exact metrics on a split."""
         loader = self.load(split, self.args.test_batch_size)
-        return self.trainer.evaluate(loader.batches(), len(loader), f"test on {split}")
+        with memory.explained(f"test on batches of {self.args.test_batch_size:,} rows", "lower --test_batch_size"):
+            return self.trainer.evaluate(loader.batches(), len(loader), f"test on {split}")
 
     def place(self) -> dict:
         """What a resumed run must have in common with the one before, so that its batches go on where they were."""
-        args, manifest = self.args, self.data.manifest
-        name = split_file("train")
-        digest = manifest.files.get(name, {}).get("sha256") if manifest else None
-        return {"rows": self.data.splits["train"].rows, "sha256": digest, "batch_size": args.batch_size,
-                "seed": args.seed, "shuffle_batch_order": args.shuffle_batch_order,
+        args, rows = self.args, self.data.splits["train"]
+        return {"rows": rows.rows, "sha256": rows_digest(self.data), "bytes": sample(rows.paths),
+                "batch_size": args.batch_size, "seed": args.seed, "shuffle_batch_order": args.shuffle_batch_order,
                 "shuffle_buffer_size": args.shuffle_buffer_size}  # fmt: skip
 
 
@@ -167,19 +196,17 @@ def train(session: Session) -> dict:
     say(f"device {session.device}, {trainer.precision}; {rows:,} rows, {len(loader):,} steps an epoch; {loader}")
     if trainer.precision.autocast not in (None, trainer.matrices):
         say(f"matrix products in {trainer.matrices}: this CPU does them faster than {trainer.precision.autocast}")
+    for remark in trainer.remarks():
+        say(remark)
     if "val" not in session.data.splits:
         say("no validation split: tests on the way, --auc_threshold and --save_best go by the test split")
-    place, best_auc = session.place(), 0.0
-    if args.ckpt:
-        folder = checkpoint.find(args.ckpt)
-        check_place(checkpoint.read_state(folder)["place"], place, folder)
-        state = session.restore(folder)
-        best_auc = state["best_auc"]
-        if warning := set_threads(args.threads, state["threads"]):
-            say(f"warning: {warning}")
-        say(f"going on from {folder}, step {trainer.steps:,}")
+    run, place, best_auc = session.plan_run(), session.place(), 0.0
+    args.ckpt = run.source
+    if run.source:
+        best_auc = go_on(session, place)
     if args.profile_steps:
-        say(profile(trainer, loader, args.profile_steps, args.output_dir))
+        with memory.explained(f"profiling batches of {args.batch_size:,} rows", "lower --batch_size"):
+            say(profile(trainer, loader, args.profile_steps, args.output_dir))
         return {"profile": str(args.output_dir / "trace.json")}
     for warning in trainer.schedule.warnings(args.epochs * len(loader)):
         say(f"warning: {warning}")
@@ -188,10 +215,22 @@ def train(session: Session) -> dict:
         session.mlperf.event("cache_clear", True)
         tests = session.data.splits.get("val", session.data.splits["test"]).rows
         session.mlperf.run(options.mlperf_settings(args, trainer.schedule, rows, tests))
-    state = {"dataset": str(args.dataset.resolve()), "place": place, "threads": torch.get_num_threads()}
-    keeper = session.keep(options.keep_options(args), trainer, state, best_auc)
-    log = RunLog(args.log_dir, session.mlperf)
-    progress = fit(trainer, loader, lambda: session.test("val"), options.loop_options(args), keeper, log)
+    claim = None
+    if args.save_model or args.save_freq or args.save_minutes or args.save_best:
+        run = session.claim(run, must_lock=True)
+    else:  # only a signal may ask for a checkpoint
+
+        def claim() -> Path:
+            return session.claim(run, must_lock=False).folder
+
+    keep = replace(options.keep_options(args), folder=run.folder)
+    own = runs.RunState(
+        run.id, str(args.dataset.resolve()), meaning(session.data), place, torch.get_num_threads(), best_auc
+    )
+    keeper = session.keep(keep, trainer, asdict(own), run.source, claim)
+    log = RunLog(args.log_dir, session.mlperf, run.id)
+    with memory.explained(f"training on batches of {args.batch_size:,} rows", "lower --batch_size"):
+        progress = fit(trainer, loader, lambda: session.test("val"), options.loop_options(args), keeper, log)
     if session.mlperf:
         session.mlperf.stop(progress.reached)
     result = {
@@ -210,17 +249,23 @@ def train(session: Session) -> dict:
         raise StoppedError(progress.signal, f"{progress.ended}; go on with --ckpt {keeper.latest}")
     found = session.test("test")
     log.tested(trainer.steps, trainer.steps / len(loader), found, "test")
-    log.close()
+    try:
+        log.close()
+    except Exception as error:  # of the files or of the plot: the training is done, and its results are to be told
+        say(f"warning: {log.folder}: the logs could not be finished: {type(error).__name__}: {error}")
     say(summary(result, found))
     return {**result, "test": asdict(found)}
 
 
-def check_place(there: dict, here: dict, folder: Path) -> None:
-    """Raise ConfigError where a checkpoint's data or order are not those of this run."""
-    keys = [key for key in here if there.get(key) != here[key]]
-    if keys:
-        different = ", ".join(f"{key} {there.get(key)} there, {here[key]} here" for key in keys)
-        raise ConfigError(f"--ckpt {folder}: cannot go on with other data or another order: {different}")
+def go_on(session: Session, place: dict) -> float:
+    """Fill the trainer with --ckpt, once it is known to fit; returns the best AUC so far."""
+    args = session.args
+    before = check_data(args, session.data, session.trainer.model.config, place)
+    session.restore(args.ckpt)
+    if warning := set_threads(args.threads, before.threads):
+        say(f"warning: {warning}")
+    say(f"going on from {args.ckpt}, step {session.trainer.steps:,}")
+    return before.best_auc
 
 
 def predict(session: Session) -> dict:
@@ -229,7 +274,7 @@ def predict(session: Session) -> dict:
     source = args.input or args.dataset
     if source.is_dir():
         data = open_dataset(source, "auto")
-        check_ids(data, session.trainer.model.config)
+        check_data(args, data, session.trainer.model.config)
         loader = CpuLoader(data.splits["test"], args.test_batch_size, session.device)
         batches, labelled, day = loader.batches(), True, None
     else:
@@ -270,8 +315,17 @@ def run(args: argparse.Namespace, make_session: Callable[[argparse.Namespace], S
     """Do what --mode says; returns the results."""
     options.check(args)
     if not args.dataset:
-        args.dataset = Path(checkpoint.read_state(checkpoint.find(args.ckpt))["dataset"])
+        folder = checkpoint.find(args.ckpt)
+        args.dataset = Path(runs.run_state(checkpoint.read_state(folder), folder).dataset)
     session = make_session(args)
+    try:
+        return do(args, session)
+    finally:
+        session.end()
+
+
+def do(args: argparse.Namespace, session: Session) -> dict:
+    """What --mode says."""
     result = {"command": "train", "mode": args.mode, "dataset": str(args.dataset), "device": str(session.device)}
     if args.mode == "train":
         return {**result, **train(session)}
@@ -279,30 +333,12 @@ def run(args: argparse.Namespace, make_session: Callable[[argparse.Namespace], S
     if args.mode == "test":
         return {**result, "test": asdict(session.test("test"))}
     modes = {"predict": predict, "inference_benchmark": inference_benchmark, "export": export}
-    return {**result, **modes[args.mode](session)}
-
-
-class StoppedError(Exception):
-    """A signal ended the run, after a checkpoint."""
-
-    def __init__(self, number: int, words: str):
-        super().__init__(words)
-        self.status = 128 + number
+    with memory.explained(f"--mode {args.mode}", "lower --test_batch_size or --inference_benchmark_batch_sizes"):
+        return {**result, **modes[args.mode](session)}
 
 
 # What a user's data, settings, machine or signals may cause: a line of words, not a traceback.
 EXPECTED = (DataError, ConfigError, OSError, StoppedError, KeyboardInterrupt)
-
-
-def explain(error: BaseException) -> tuple[int, str]:
-    """Exit status and words for one of EXPECTED."""
-    if isinstance(error, StoppedError):
-        return error.status, str(error)
-    if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted"
-    if isinstance(error, OSError):
-        return 1, f"error: {error.filename or ''}: {error.strerror or error}"
-    return 1, f"error: {error}"
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
@@ -317,7 +353,7 @@ def main(argv: list[str] | None = None) -> int:
     """Parse the flags and run; returns the exit status."""
     args = parse(flags.build_parser(__doc__), argv)
     try:
-        print(json.dumps(run(args)))
+        print(json.dumps(jsonable(run(args)), allow_nan=False))
     except EXPECTED as error:
         status, words = explain(error)
         say(words)

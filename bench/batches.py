@@ -1,4 +1,4 @@
-"""Made-up batches, their ids as popular as those of the synthetic days (leaf)."""
+"""Made-up batches, their ids as popular as those of the synthetic days, and models cut to fit."""
 
 import numpy as np
 import torch
@@ -6,8 +6,21 @@ import torch
 from gpu_etl.load.batch import Batch
 from gpu_etl.schema import DENSE
 from gpu_etl.synthetic import POPULARITY
+from model.config import ModelConfig
 
 FRESH_BATCHES = 8  # rotated, so that no step finds its rows in the cache because the last one used them
+
+
+def fit_tables(config: ModelConfig, limit: float) -> ModelConfig:
+    """The configuration with its largest tables cut, all to one number of rows, to `limit` bytes in float32."""
+    row, sizes = 4 * config.embedding_dim, sorted(config.categorical_feature_sizes)
+    left = int(limit // row)
+    for i, size in enumerate(sizes):
+        if size * (len(sizes) - i) > left:
+            largest = max(1, left // (len(sizes) - i))
+            return config.with_tables([min(size, largest) for size in config.categorical_feature_sizes])
+        left -= size
+    return config
 
 
 def draw_ids(sizes: tuple[int, ...], rows: int, generator: np.random.Generator) -> np.ndarray:

@@ -27,7 +27,7 @@ ROW_BYTES = {
     "_take_places": 8, "_to_rows": 160 + 4 + 168, "_keys": 16, "_finish": 160 + 8 + 8 + 26 * 4 + 160,
     "_recount": 26 * (4 + 16) + 8, "_move": 0, "_clear": 0, "_enter": 0, "_begin": 0, "scan": 0, "zero": 0,
     "_parse_strings": 8 + 4 + 4 + 8, "_parse_integers": 4 + 4, "_parse_floats": 8 + 4,  # and of one column
-    "_blank": 12, "_checksums": TEXT_ROW, "_find_end": 0, "_probe": 0,
+    "_blank": 12, "_checksums": TEXT_ROW, "_find_end": 0, "_probe": 0, "_to_places": 16,
 }  # fmt: skip
 
 # The same where a look-up or an atomic outside the caches moves a whole sector of 32 bytes.
@@ -79,10 +79,19 @@ def pretend(capability: tuple[int, int]) -> None:
 
 def kernels() -> list:
     """Every kernel of the encoder; those that come in a variant a type, in that of the usual columns."""
-    from gpu_etl import cuda, cuda_dictionary, cuda_direct, cuda_encode, cuda_new_keys, cuda_parquet, cuda_rows
+    from gpu_etl import (
+        cuda,
+        cuda_dictionary,
+        cuda_direct,
+        cuda_encode,
+        cuda_keep,
+        cuda_new_keys,
+        cuda_parquet,
+        cuda_rows,
+    )
     from gpu_etl.cuda_kernel import Kernel
 
-    modules = cuda, cuda_dictionary, cuda_direct, cuda_encode, cuda_new_keys, cuda_parquet, cuda_rows
+    modules = cuda, cuda_dictionary, cuda_direct, cuda_encode, cuda_keep, cuda_new_keys, cuda_parquet, cuda_rows
     found = {item.name: item for module in modules for item in vars(module).values() if isinstance(item, Kernel)}
     columns = [("uint8", "int32"), ("int32", None), ("float64", None)]  # data and offsets
     return [*found.values(), *(cuda_parquet.kernel_of(*types) for types in columns)]

@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 import torch
 import torch.distributed as dist
 
+from bench import timing
 from bench.batches import make_batches
 from bench.command import BenchError
 from bench.machine import ROOT
@@ -39,7 +40,7 @@ PARTS = {
     "gradients in": (Exchange, "received_gradients"),
     "sums of gradients": (GradientReducer, "_finish"),
 }
-WARM_UP = 3
+WARM_UP, TURN = 3, 5  # steps before measuring, and from one look at the clock to the next
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -121,11 +122,11 @@ def machine_here(ranks: Ranks, name: str):
     device, least = ranks.device, torch.zeros(4, dtype=torch.float64)
     table, rows = torch.zeros(1 << 20, 64, device=device), torch.randint(1 << 20, (1 << 18,), device=device)
     least[0] = matrix_operations(torch.float32 if device.type == "cpu" else torch.float16, device)
-    least[1] = 2 * 4 * 64 * len(rows) / _median(lambda: table[rows])
+    least[1] = 2 * 4 * 64 * len(rows) / _median(lambda: table[rows], device)
     for place, size in ((2, 1 << 22), (3, ranks.world)):
         sent = torch.zeros(size // ranks.world * ranks.world, device=device)
         received, sizes = torch.empty_like(sent), [len(sent) // ranks.world] * ranks.world
-        seconds = _median(lambda s=sent, r=received, z=sizes: ranks.all_to_all(r, s, z, z).wait())
+        seconds = _median(lambda s=sent, r=received, z=sizes: ranks.all_to_all(r, s, z, z).wait(), device)
         least[place] = seconds if place == 3 else 4 * len(sent) * (ranks.world - 1) / ranks.world / seconds
     everyone = torch.tensor(ranks.everyone(least.tolist()), dtype=torch.float64)
     matrix, stream, link = everyone[:, :3].min(0).values.tolist()
@@ -135,29 +136,28 @@ def machine_here(ranks: Ranks, name: str):
     return replace(known, name=name, **rates)
 
 
-def _median(action) -> float:
-    times = []
-    for _ in range(8):
-        start = time.perf_counter()
-        action()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
+def _median(action, device: torch.device) -> float:
+    calls = 10 if device.type == "cuda" else 1
+    return statistics.median([timing.seconds(action, device, calls) for _ in range(8)][2:])
 
 
 def _steps(trainer: Trainer, batches, seconds: float, ranks: Ranks, meter: Meter | None) -> list[float]:
     """Seconds of each step; as many on every rank."""
-    times, stop, batches = [], time.perf_counter() + seconds, iter(batches)
+    stop, batches = time.perf_counter() + seconds, iter(batches)
+    for _ in range(WARM_UP):
+        trainer.step(next(batches))
+    trainer.clock.clear()
+    if meter:
+        meter.clear()
+    times, laps = [], timing.Laps(ranks.device)
     while True:
-        if len(times) == WARM_UP and meter:
-            meter.clear()
-            trainer.clock.seconds.clear()
-        start = time.perf_counter()
-        trainer.step(next(batches)).item()
-        times.append(time.perf_counter() - start)
-        if len(times) % 5 == 0 and ranks.first(len(times) > WARM_UP + 5 and time.perf_counter() > stop):
-            return times[WARM_UP:]
+        for _ in range(TURN):
+            trainer.step(next(batches))
+            laps.mark()
+        times += laps.take()
+        if ranks.first(len(times) > 5 and time.perf_counter() > stop):
+            return times
+        laps = timing.Laps(ranks.device)  # the ranks' agreement is no part of a step
 
 
 def rank_main(args: argparse.Namespace) -> None:
@@ -184,7 +184,8 @@ def rank_main(args: argparse.Namespace) -> None:
     loader = RankLoader(Rounds(batches, ranks), trainer.model.embedding, args.batch_size, 1 << 62)
     rounds = loader.batches(0, 0)
     times = _steps(trainer, rounds, args.seconds, ranks, None)
-    meter = Meter(ranks)  # which costs time (a GPU has to be waited for): the parts get rounds of their own
+    # Which costs time (a GPU has to be waited for): the parts get rounds of their own, every step of which is timed.
+    meter, trainer.clock.every = Meter(ranks), 1
     steps, parts = len(_steps(trainer, rounds, args.seconds, ranks, meter)), dict(meter.seconds)
     inside = trainer.clock.seconds
     own = {name: parts.get(name, 0.0) for name in PARTS}

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from bench.batches import make_ids
+from bench import timing
+from bench.batches import FRESH_BATCHES, fit_tables, make_ids
 from bench.command import BenchError
 from bench.train_limits import mlp_operations
 from model.config import ModelConfig, read_config
@@ -48,18 +49,19 @@ class Variant:
 
 
 def variants(tables: int, dim: int, matrices: str, weights: str, rule: str) -> dict[str, Variant]:
-    """Every kernel as the wrappers in model/kernels launch it for such a model, by its name."""
+    """Every kernel as the wrappers in model/kernels launch it for such a model, by its name; with float16, as a step
+    that may be skipped."""
     import triton
 
     from model.kernels import lookup_interaction, staging, unpack, update
 
     m, w = "*" + TYPES[matrices], "*" + TYPES[weights]
-    size = 4 if matrices == "float32" else 2
+    size, skips = 4 if matrices == "float32" else 2, matrices == "float16"
     vectors, chunk, warps = lookup_interaction.launch(tables, dim, size)
     tile = {"TABLES": tables, "DIM": dim, "SELF": False, "PRECISION": "tf32x3", "VECTORS": vectors, "CHUNK": chunk}
     columns, piece = max(16, triton.next_power_of_2(dim)), update.piece_length(dim)
     step = {"DIM": dim, "COLUMNS": columns, "PIECE": piece, "RULE": rule, "EPS": 1e-8, "BETA1": 0.9, "BETA2": 0.999,
-            "STOCHASTIC": weights != "float32", "SKIPS": True}  # fmt: skip
+            "STOCHASTIC": weights != "float32", "SKIPS": skips}  # fmt: skip
     stepped = {"keys": "*i32", "partials": "*fp32", "weight": w, "sums": "*fp32", "squares": "*fp32", "lr": "*fp32",
                "scale": "*fp32", "step": "*i64", "skip": "*fp32", "lookups": "i32"}  # fmt: skip
     return {
@@ -73,7 +75,8 @@ def variants(tables: int, dim: int, matrices: str, weights: str, rule: str) -> d
         ),
         "backward": Variant(
             lookup_interaction._backward,
-            {"grad": m, "bottom": m, "rows_in": "*i32", "weight": w, "grad_bottom": m, "grad_tables": m}, tile, warps,
+            {"grad": m, "bottom": m, "rows_in": "*i32", "weight": w, "grad_bottom": m, "grad_tables": m,
+             "flag": "*fp32" if skips else m}, tile | {"CHECKS": skips}, warps,
         ),
         "step_pieces": Variant(
             update._step_pieces, {**stepped, "order": "*i64", "grads": m}, step, update.piece_warps(dim, rule, size)
@@ -82,7 +85,7 @@ def variants(tables: int, dim: int, matrices: str, weights: str, rule: str) -> d
             update._step_spanning, stepped, {**step, "GROUP": update.PARTIALS // columns}, update.SPANNING_WARPS
         ),
         "fetch": Variant(
-            staging._fetch, {"weight": w, "keys": "*i32", "staged": w, "lookups": "i32"},
+            staging._fetch, {"weight": w, "keys": "*i32", "slots": "*i32", "staged": w, "lookups": "i32"},
             {"DIM": dim, "COLUMNS": columns, "BLOCK": staging.ROWS}, staging.WARPS,
         ),
         "unpack": Variant(
@@ -166,16 +169,17 @@ def calls(
 
 
 def seconds_taken(call: Callable) -> float:
-    """Median of 20 launches on the current GPU, after 5 to warm up."""
-    times = []
-    for _ in range(25):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
+    """Of a call on the current GPU: median of 20 runs of a CUDA graph of FRESH_BATCHES calls. Launched one by one, the
+    smaller kernels would take as long as Python needs to launch them."""
+    device = torch.device("cuda")
+    for _ in range(3):
         call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1000)
-    return statistics.median(times[5:])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(FRESH_BATCHES):
+            call()
+    times = [timing.seconds(graph.replay, device) for _ in range(25)]
+    return statistics.median(times[5:]) / FRESH_BATCHES
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -189,13 +193,16 @@ def measure(args: argparse.Namespace) -> dict:
 
     config, _ = read_config(args.model_config)
     sizes = [4 if name == "float32" else 2 for name in (args.embedding_dtype, args.matrices)]
+    gpu = torch.cuda.is_available()
+    if gpu:  # room is left for the rule's memory and for gradients
+        parts = 1 + {"sgd": 0, "rowwise_adagrad": 0.1, "adagrad": 1, "adam": 2}[args.embedding_optimizer] * 4 / sizes[0]
+        config = fit_tables(config, 0.7 * torch.cuda.mem_get_info()[0] / parts * 4 / sizes[0])
     shape = draw_shape(config, args.batch_size, *sizes)
     types, found = (args.matrices, args.embedding_dtype, args.embedding_optimizer), {}
     chosen = variants(shape.tables, shape.dim, *types)
     for name, variant in chosen.items():
         found[name] = compiled(variant, args.capability)
         print(f"{name:14} {found[name]}", file=sys.stderr)
-    gpu = torch.cuda.is_available()
     launches = calls(config, args.batch_size, *types, torch.device("cuda")) if gpu else {}
     predicted, total = {}, 0.0
     for name, cost in costs(shape, args.embedding_optimizer).items():
@@ -216,5 +223,6 @@ def measure(args: argparse.Namespace) -> dict:
     }  # fmt: skip
     print(f"predicted for an H200, not measured, no launch or tail in it: {bound}", file=sys.stderr)
     return {"capability": args.capability, "model_config": args.model_config, "batch_size": shape.batch,
-            "distinct_rows": shape.distinct, "machine_code": found, "kernels": predicted,
+            "embedding_rows": sum(config.categorical_feature_sizes), "distinct_rows": shape.distinct,
+            "machine_code": found, "kernels": predicted,
             "predicted_bound": bound}  # fmt: skip

@@ -9,16 +9,17 @@ import argparse
 import gc
 import statistics
 import tempfile
-import time
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from bench import train_limits, train_show
-from bench.batches import draw_ids
-from bench.train_peers import ours, peers
+from bench.batches import draw_ids, fit_tables
+from bench.timing import Laps
+from bench.train_peers import GRAPH, OURS, ours, peers
 from gpu_etl.load.cpu import CpuLoader
 from gpu_etl.load.dataset import RecordFile
 from gpu_etl.schema import COLUMNS, FIRST_SPARSE, RECORD_DTYPE
@@ -27,8 +28,10 @@ from model.device import choose_device
 from model.trainer import Precision, Trainer
 
 BATCHES = 8  # different ones, read in turns: no step finds its rows in the cache because the last one used them
-WARM_UP, TURN, LEAST = 2, 2, 4  # steps: before measuring, in one turn, and measured at least
-PRECISIONS = {"float32": Precision(), "amp": Precision(torch.bfloat16)}
+# Steps before measuring (a CUDA graph is recorded for each slot after some), in one turn, and measured at least.
+WARM_UP, TURN, LEAST = {"cpu": 2, "cuda": 8}, {"cpu": 2, "cuda": 20}, {"cpu": 4, "cuda": 40}
+PRECISIONS = {"float32": Precision(), "amp": Precision(torch.bfloat16), "fp16": Precision(torch.float16, 1024.0, True)}
+USUAL = {"cpu": ["float32", "amp"], "cuda": ["float32", "amp", "fp16"]}
 DEFAULT = [("official_config", {"cpu": [2048, 16384], "cuda": [2048, 8192, 16384, 32768, 65536]}),
            ("mlperf_40m.limit", {"cpu": [2048], "cuda": [2048, 8192, 16384, 32768, 65536]})]  # fmt: skip
 
@@ -46,15 +49,19 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"))
     parser.add_argument(
         "--table_gib", type=float, default=0.0, metavar="G",
-        help="memory for tables; the largest are cut to fit (default: 1.5 on a CPU, 80 %% of a GPU's)",
+        help="memory for tables; the largest are cut to fit (default: 1.5 on a CPU, 70 %% of what is free on a GPU, "
+        "half of that beside FBGEMM's)",
     )  # fmt: skip
+    parser.add_argument(
+        "--precision", nargs="+", choices=PRECISIONS, help="default: float32 amp, on a GPU fp16 too, which peers lack"
+    )
     parser.add_argument("--quick", action="store_true", help="a few steps of a small batch: does it run at all?")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG there")
 
 
 @dataclass
 class Timed:
-    """A trainer, and the seconds of its measured steps: feeding, and the step."""
+    """A trainer, and the seconds of its measured steps: feeding (on a GPU, what it waits for that), and the step."""
 
     trainer: Trainer
     batches: object
@@ -62,16 +69,17 @@ class Timed:
     step: list[float] = field(default_factory=list)
 
     def turn(self, steps: int, count: bool) -> None:
-        """Some steps, with batches from the loader."""
+        """Some steps, with batches from the loader; nothing waits for the device in between."""
+        laps = Laps(self.trainer.device)
         for _ in range(steps):
-            start = time.perf_counter()
             batch = next(self.batches)
-            fed = time.perf_counter()
-            self.trainer.step(batch).item()
-            end = time.perf_counter()
-            if count:
-                self.feed.append(fed - start)
-                self.step.append(end - fed)
+            laps.mark()
+            self.trainer.step(batch)
+            laps.mark()
+        times = laps.take()
+        if count:
+            self.feed += times[::2]
+            self.step += times[1::2]
 
     def figures(self, rows: int) -> dict:
         """Median samples/s, feeding included, and its spread (quartiles' distance over the median); time per part."""
@@ -85,18 +93,6 @@ class Timed:
                 "feed": round(feed, 3), **{part: round(share * step, 3) for part, share in shares.items()}
             },
         }  # fmt: skip
-
-
-def fit_tables(config: ModelConfig, limit: float) -> ModelConfig:
-    """The configuration with its largest tables cut, all to one number of rows, to `limit` bytes in float32."""
-    row, sizes = 4 * config.embedding_dim, sorted(config.categorical_feature_sizes)
-    left = int(limit // row)
-    for i, size in enumerate(sizes):
-        if size * (len(sizes) - i) > left:
-            largest = max(1, left // (len(sizes) - i))
-            return config.with_tables([min(size, largest) for size in config.categorical_feature_sizes])
-        left -= size
-    return config
 
 
 def write_records(path: Path, sizes: tuple[int, ...], rows: int) -> None:
@@ -115,30 +111,43 @@ def endless(loader: CpuLoader):
 
 
 def measure_one(config: ModelConfig, rows: int, precision: Precision, device: torch.device, seconds: float) -> dict:
-    """Figures of all trainers by name, at one batch size and precision; a few steps of each in turns."""
+    """Figures of all trainers by name, at one batch size and precision; a few steps of each in turns. On a GPU, then
+    those of ours as a CUDA graph."""
     gc.collect()  # trainers refer to themselves, and hold gigabytes
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "records.bin"
         write_records(path, config.categorical_feature_sizes, BATCHES * rows)
         loader = CpuLoader(RecordFile(path), rows, device)
         mine = ours(config, precision, device)
-        trainers = {"ours": mine, **peers(mine)}
-        timed = {name: Timed(trainer, endless(loader)) for name, trainer in trainers.items()}
-        for one in timed.values():
-            one.turn(WARM_UP, False)
-            one.trainer.clock.seconds.clear()
-        while any(sum(one.step) < seconds or len(one.step) < LEAST for one in timed.values()):
-            for one in timed.values():
-                if sum(one.step) < seconds or len(one.step) < LEAST:
-                    one.turn(TURN, True)
-    figures = {name: one.figures(rows) for name, one in timed.items()}
-    figures["ours"]["matrices"] = str(mine.matrices).removeprefix("torch.")
+        trainers = {OURS: mine, **({} if mine.loss_scale else peers(mine))}  # which know of no step to skip
+        figures = in_turns({name: Timed(trainer, endless(loader)) for name, trainer in trainers.items()}, rows, seconds)
+        if device.type == "cuda":
+            del trainers
+            mine.use_cuda_graphs()
+            figures |= in_turns({GRAPH: Timed(mine, endless(loader))}, rows, seconds)
+    figures[OURS]["matrices"] = str(mine.matrices).removeprefix("torch.")
     return figures
 
 
+def in_turns(timed: dict[str, Timed], rows: int, seconds: float) -> dict:
+    """Figures by name, over so many seconds of steps each."""
+    kind = next(iter(timed.values())).trainer.device.type
+    for one in timed.values():
+        one.turn(WARM_UP[kind], False)
+        one.trainer.clock.clear()
+    while any(sum(one.step) < seconds or len(one.step) < LEAST[kind] for one in timed.values()):
+        for one in timed.values():
+            if sum(one.step) < seconds or len(one.step) < LEAST[kind]:
+                one.turn(TURN[kind], True)
+    return {name: one.figures(rows) for name, one in timed.items()}
+
+
 def default_table_bytes(device: torch.device) -> float:
-    """Memory for tables: what leaves room for a peer's own, on a CPU; most of a GPU's."""
-    return 0.8 * torch.cuda.mem_get_info()[0] if device.type == "cuda" else 1.5 * 2**30
+    """Memory for tables: on a CPU, and on a GPU where FBGEMM brings tables of its own, what leaves room for as many
+    again; else most of a GPU's. The rest is for activations and sparse gradients."""
+    if device.type == "cpu":
+        return 1.5 * 2**30
+    return (0.35 if find_spec("fbgemm_gpu") else 0.7) * torch.cuda.mem_get_info()[0]
 
 
 def plan(args: argparse.Namespace, device: torch.device) -> list[tuple[str, list[int]]]:
@@ -151,7 +160,7 @@ def plan(args: argparse.Namespace, device: torch.device) -> list[tuple[str, list
 
 
 def measure(args: argparse.Namespace) -> dict:
-    """Samples/s and shares of the limits for every configuration, batch size and precision."""
+    """Samples/s and shares of the limits for every configuration, batch size and precision; those of our fastest."""
     device = choose_device(args.device)
     rates = {dtype: train_limits.matrix_operations(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
     bandwidth, measured = train_limits.copy_bytes(device), []
@@ -160,19 +169,19 @@ def measure(args: argparse.Namespace) -> dict:
         config = fit_tables(whole, args.table_gib * 2**30 or default_table_bytes(device))
         rows_kept, rows_asked = (sum(c.categorical_feature_sizes) for c in (config, whole))
         for rows in batch_sizes:
-            for label, precision in PRECISIONS.items():
-                found = measure_one(config, rows, precision, device, 0.0 if args.quick else args.seconds)
-                fastest = max(rates.values()) if label == "amp" else rates[torch.float32]
+            for label in args.precision or USUAL[device.type]:
+                found = measure_one(config, rows, PRECISIONS[label], device, 0.0 if args.quick else args.seconds)
+                fastest = rates[torch.float32] if label == "float32" else max(rates.values())
                 limits = {"operations": fastest / train_limits.operations(config),
                           "bytes": bandwidth / train_limits.table_bytes(config)}  # fmt: skip
-                mine = found["ours"]["samples_per_second"]
+                mine = max(found[name]["samples_per_second"] for name in (OURS, GRAPH) if name in found)
                 measured.append({
                     "model_config": name, "embedding_rows": rows_kept, "embedding_rows_asked": rows_asked,
                     "batch_size": rows, "precision": label, "results": found,
                     "limits_samples_per_second": {key: round(value) for key, value in limits.items()},
                     "share_of_limit": {key: round(mine / value, 3) for key, value in limits.items()},
                     "times_peer": {peer: round(mine / figures["samples_per_second"], 2)
-                                   for peer, figures in found.items() if peer != "ours"},
+                                   for peer, figures in found.items() if peer not in (OURS, GRAPH)},
                 })  # fmt: skip
                 train_show.say(measured[-1])
     result = {

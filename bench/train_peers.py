@@ -12,6 +12,7 @@ from model.schedule import Schedule
 from model.trainer import Precision, Trainer
 
 LR = 0.1
+OURS, GRAPH = "ours", "ours, CUDA graph"
 
 
 class EmbeddingBags(nn.Module):

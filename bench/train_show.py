@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 from bench.machine import caption, describe
+from bench.train_peers import GRAPH, OURS
 
 
 def say(one: dict) -> None:
@@ -21,9 +22,11 @@ def table(result: dict) -> None:
     lines, parts = [head], [["us a sample", "", "", ""]]
     for one in result["measured"]:
         place = [one["model_config"], f"{one['batch_size']:,}", one["precision"]]
+        fastest = max((OURS, GRAPH), key=lambda name: one["results"].get(name, {}).get("samples_per_second", 0))
         for name, figures in one["results"].items():
             shares = [f"{100 * one['share_of_limit'][key]:.0f} %" for key in ("operations", "bytes")]
-            last = ["", *shares] if name == "ours" else [f"{one['times_peer'][name]:.2f} x", "", ""]
+            peer = one["times_peer"].get(name)
+            last = [f"{peer:.2f} x", "", ""] if peer else ["", *shares] if name == fastest else ["", "", ""]
             speed = [f"{figures['samples_per_second']:,}", f"{100 * figures['spread']:.0f} %"]
             lines.append([*place, name, *speed, *last])
             shown = ", ".join(f"{part} {value:.2f}" for part, value in figures["microseconds_per_sample"].items())
@@ -40,11 +43,13 @@ def table(result: dict) -> None:
 
 
 def _plot_speed(axes, found: list[dict], title: str) -> None:
-    markers = {"float32": "o-", "amp": "s--"}
-    names = list(found[0]["results"])
+    markers = {"float32": "o-", "amp": "s--", "fp16": "^:"}
+    names = list(dict.fromkeys(name for one in found for name in one["results"]))
     for i, name in enumerate(names):
         for precision, marker in markers.items():
-            points = [one for one in found if one["precision"] == precision]
+            points = [one for one in found if one["precision"] == precision and name in one["results"]]
+            if not points:
+                continue
             sizes = [one["batch_size"] for one in points]
             rates = [one["results"][name]["samples_per_second"] for one in points]
             bars = [rate * one["results"][name]["spread"] / 2 for rate, one in zip(rates, points, strict=True)]

@@ -197,5 +197,12 @@ def _local_cluster(settings: Settings) -> LocalCluster:
             from dask_cuda import LocalCUDACluster
         except ImportError as error:
             raise DataError(f"--workers with --device cuda: {error}; pip install dask-cuda") from error
+        from numba import cuda
+
+        if settings.workers > len(cuda.gpus):
+            raise DataError(
+                f"--workers {settings.workers} with --device cuda: each takes a GPU, and {len(cuda.gpus)} are visible "
+                "(nvidia-smi, CUDA_VISIBLE_DEVICES); ask for fewer"
+            )
         return LocalCUDACluster(n_workers=settings.workers, silence_logs=50)
     return LocalCluster(n_workers=settings.workers, threads_per_worker=1, silence_logs=50)

@@ -85,6 +85,7 @@ class CountPass:
             self.tallies[event["day"]].crc32 = event["crc32"]
         kept = [tally.kept for tally in self.tallies]
         self.kept_in_buckets = [rows * inside for rows, inside in zip(kept, to_buckets, strict=True)]
+        self.store = None  # of kept.py, where rows stay on the device
         self.spill = Spill(work, [a - b for a, b in zip(kept, self.kept_in_buckets, strict=True)], self._keys)
         integrity.expect(self.spill.keys_crc, keys_crc, work / KEYS, "the dictionaries' keys")
 
@@ -188,11 +189,17 @@ class CountPass:
         if preset.dense in CODING:
             kernels.integers(values, missing, *CODING[preset.dense])
         first = first_number(slab.day) + self._first_row + tally.kept
+        if self.store is not None and not self.store.kept.has_room(len(values)):
+            self.store.move_to_files(self, dictionaries.new_keys()())
+            self.store = None
         dictionaries.code(values, missing, first)
         event = {
             "read": read, "kept": len(values), "end": slab.end, "dropped": dropped, **summary._asdict(),
         }  # fmt: skip
         tally.add(**event)
+        if self.store is not None:
+            self.store.kept.add(values, first)
+            return lambda: None
         store = self._storing(slab.day, values, first, dictionaries.new_keys(), buckets, stored)
         return lambda: self._journal.record(slab={"day": slab.day, **store(), **event})
 

@@ -22,7 +22,8 @@ from gpu_etl.tally import Summary
 from gpu_etl.vocabulary import Lookup
 
 __all__ = [
-    "Dictionaries", "Finisher", "encode", "enter_thread", "find_rows", "group", "host_bytes", "integers", "keep_rows",
+    "Dictionaries", "Finisher", "encode", "enter_thread", "find_rows", "group", "host_bytes", "integers", "keep",
+    "keep_rows",
     "labels", "parse", "peak_device_bytes", "readers", "rows_of", "set_memory_limit", "set_threads", "summarize",
     "upload",
 ]  # fmt: skip
@@ -59,6 +60,10 @@ def enter_thread() -> None:
 def readers() -> dict:
     """Ways of its own to read a kind of day file: none, extract.read_day has them."""
     return {}
+
+
+def keep(rows: int) -> None:
+    """Memory of a device for about so many coded rows between the passes: none, they are kept in files."""
 
 
 def peak_device_bytes() -> int:

@@ -17,6 +17,7 @@ from gpu_etl.cpu import set_threads
 from gpu_etl.cuda_dictionary import Dictionaries
 from gpu_etl.cuda_direct import direct_slabs
 from gpu_etl.cuda_encode import Finisher, group, rows_of
+from gpu_etl.cuda_keep import keep
 from gpu_etl.cuda_kernel import blocks_for, kernel
 from gpu_etl.cuda_launch import (
     Input,
@@ -35,8 +36,8 @@ from gpu_etl.schema import COLUMNS, FIRST_DENSE, FIRST_SPARSE
 from gpu_etl.tally import Summary
 
 __all__ = [
-    "Dictionaries", "Finisher", "enter_thread", "find_rows", "group", "host_bytes", "integers", "keep_rows", "labels",
-    "parse", "peak_device_bytes", "readers", "require_gpu", "rows_of", "set_memory_limit", "set_threads",
+    "Dictionaries", "Finisher", "enter_thread", "find_rows", "group", "host_bytes", "integers", "keep", "keep_rows",
+    "labels", "parse", "peak_device_bytes", "readers", "require_gpu", "rows_of", "set_memory_limit", "set_threads",
     "summarize", "upload",
 ]  # fmt: skip
 

@@ -178,7 +178,7 @@ class Dictionaries:
         self._used_there = self._used_input.put(self._used)
         self._fresh = Memory("slab", np.uint32)
         self._recounted = Input("slab", np.int32), Input("slab", np.int64)
-        self._new, self._early = NewKeys(), []
+        self._new, self._unreported, self._reported = NewKeys(), 0, self._used.copy()
         self._store: _Store | None = None
         self._make_room(0)
         for begin, known in zip(self._store.begins, keys, strict=True):
@@ -213,15 +213,11 @@ class Dictionaries:
         launch(_enter, grid, store.keys, store.key_base, self._used_there, store.table, store.base, store.mask)
 
     def _settle(self) -> None:
-        """Take in what the last slab brought. By now, the host has waited for something that came later."""
-        batch = self._new.started
+        """Take in how many values the last slab brought. By now, the host has waited for something that came later."""
+        batch, self._new.started = self._new.started, None
         if batch is not None:
-            self._used = self._used + batch.number()
-            self._new.started = None
-            if not batch.asked:
-                self._early.append(batch.keys())
-            elif batch.is_short():
-                batch.keys()  # before its memory on the device is written over
+            self._used = self._used + batch.settle()
+            self._reported = self._used if batch.asked else self._reported
 
     def code(self, values: Rows, missing, first_row: int) -> None:
         """Put codes in place of the category values of a slab, and count them: see dictionary.Dictionaries."""
@@ -232,14 +228,16 @@ class Dictionaries:
         self._make_room(count)
         store, preset = self._store, self._preset
         most = SPARSE * values.values.shape[0]
-        fresh, batch = self._fresh.take(most), self._new.begin(most)
+        fresh = self._fresh.take(most)
+        self._new.begin(most)
         rows_ = values.values, missing, count, int(preset.missing_is_zero), preset.max_index_range
         table, grid = (store.table, store.base, store.mask), (min(MAX_BLOCKS, blocks_for(count)), SPARSE)
         launch(_insert, grid, *rows_, *table, fresh, self._new.count)
         numbered = self._used_there, store.table, store.base, store.keys, store.key_base, self._new.device.array
         launch(_number, grid, fresh, self._new.count, count, *numbered)
         launch(_advance, 1, self._new.count, self._used_there)
-        batch.start(self._new)
+        self._new.start()
+        self._unreported += 1
         launch(_code, grid, *rows_, *table, store.counts, store.firsts, store.key_base, first_row)
 
     def recount(self, coded: np.ndarray, row_numbers: np.ndarray) -> None:
@@ -250,13 +248,18 @@ class Dictionaries:
             launch(_recount, grid, flat, numbers, count, store.counts, store.firsts, store.key_base)
 
     def new_keys(self) -> Callable[[], list[np.ndarray]]:
-        """See dictionary.Dictionaries."""
-        early, self._early = self._early, []
-        batch = self._new.started
-        if batch is None or batch.asked:
-            return lambda: _joined(early)
-        batch.asked = True
-        return lambda: _joined([*early, batch.keys()])
+        """See dictionary.Dictionaries. Quick where it is called after each slab: then they come while the next one is
+        computed on."""
+        batch, slabs, self._unreported = self._new.started, self._unreported, 0
+        if slabs == 1 and batch is not None:
+            batch.asked = True
+            return batch.keys
+        self._settle()
+        begins, keys = self._store.begins + 1, self._store.keys
+        spans = list(zip(begins + self._reported, begins + self._used, strict=True)) if slabs else [(0, 0)] * SPARSE
+        self._reported = self._used.copy()
+        found = [download(keys[begin:end]) if begin < end else np.empty(0, np.uint32) for begin, end in spans]
+        return lambda: found
 
     def counts(self) -> Counts:
         """See dictionary.Dictionaries."""
@@ -276,10 +279,3 @@ class Dictionaries:
         """Give back the device's memory but for the counts, which are still to be asked for."""
         synchronize()
         self._fresh.release()
-
-
-def _joined(parts: list[list[np.ndarray]]) -> list[np.ndarray]:
-    """Keys by column of some slabs, one after the other."""
-    if not parts:
-        return [np.empty(0, np.uint32)] * SPARSE
-    return parts[0] if len(parts) == 1 else [np.concatenate(column) for column in zip(*parts, strict=True)]

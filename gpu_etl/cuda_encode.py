@@ -18,6 +18,8 @@ from gpu_etl.spill import DAY_SHIFT, NUMBERED
 WORDS = NUMBER_WORDS + COLUMNS  # of a numbered row
 TILE = 32  # rows that a block turns from columns into rows at a time
 DAY_OF_HIGH_WORD = DAY_SHIFT - 32
+NOWHERE = Memory("rows to encode", np.int64)  # in place of an order of rows
+_no_places = Memory("slab", np.int32)
 WORDS_, PLACES = "uint32[:, ::1]", "int64[::1]"
 
 
@@ -64,9 +66,12 @@ def _to_rows(values, count, first_row, places, in_places, words, place):
         words[place + to, word] = tile[row, word]
 
 
-def tiles_for(count: int) -> int:
-    """Blocks of _to_rows that hold so many rows; at least 1."""
-    return max(1, -(-count // TILE))
+def number_rows(values: Rows, first_row: int, words, place: int, places=None) -> None:
+    """words[place:] = the coded rows of a slab, numbered from first_row on; places: int32 [n], where each goes among
+    them, None for their order."""
+    blocks, given = max(1, -(-len(values) // TILE)), places is not None
+    places = places if given else _no_places.take(1)
+    launch(_to_rows, blocks, values.values, len(values), first_row, places, int(given), words, place)
 
 
 class _Grouper:
@@ -81,15 +86,16 @@ class _Grouper:
         """The numbered rows of a slab on the device, uint32 [n, 42], by bucket where there are any."""
         count, room = len(values), values.values.shape[0]
         self._copied[0].hold("compute")
-        words, places = self._words.take(room), self._places.take(room)
+        words, places = self._words.take(room), None
         if buckets:
+            places = self._places.take(room)
             counts, total = self._counts.take(buckets), self._total.take(1)
             launch(zero, blocks_for(buckets), counts, buckets)
             start = int(start_of_keys(np.uint64(seed % 2**64)))
             launch(_count_buckets, blocks_for(count), start, first_row, count, buckets, places, counts)
             launch(scan, 1, counts, buckets, 0, total)
             launch(_take_places, blocks_for(count), places, counts, count)
-        launch(_to_rows, tiles_for(count), values.values, count, first_row, places, int(buckets > 0), words, 0)
+        number_rows(values, first_row, words, 0, places)
         return words[:count]
 
     def fetch(self, words, host: np.ndarray, ends: np.ndarray) -> Callable[[], None]:
@@ -105,7 +111,8 @@ class _Grouper:
 _grouper = _Grouper()
 
 
-def _words_of(numbered: np.ndarray) -> np.ndarray:
+def words_of(numbered: np.ndarray) -> np.ndarray:
+    """Rows NUMBERED [n] as uint32 [n, 42]."""
     return numbered.view(np.uint32).reshape(len(numbered), WORDS)
 
 
@@ -118,7 +125,7 @@ def group(
     numbered, ends = together[:count], together[count:].view(np.int32)[:buckets]
     if not count:
         return lambda: (numbered, np.zeros(buckets, np.int64))
-    wait = _grouper.fetch(_grouper.number(values, first_row, seed, buckets), _words_of(numbered), ends)
+    wait = _grouper.fetch(_grouper.number(values, first_row, seed, buckets), words_of(numbered), ends)
 
     def arrived() -> tuple[np.ndarray, np.ndarray]:
         wait()
@@ -129,7 +136,7 @@ def group(
 
 def rows_of(values: Rows, memory: Reused) -> Callable[[], np.ndarray]:
     """Brings a coded slab to the host as rows: see cpu.rows_of."""
-    words = _words_of(memory.empty((len(values),), NUMBERED))
+    words = words_of(memory.empty((len(values),), NUMBERED))
     nothing = np.empty(0, np.int32)
     wait = _grouper.fetch(_grouper.number(values, 0), words, nothing) if len(values) else None
 
@@ -173,6 +180,16 @@ def _finish(words, first, order, in_order, begin, count, day, shifts, ids, base,
             records[i, column] = value
 
 
+def keys_there(words, ranges: list[tuple[int, int]], seed: int):
+    """Sort keys uint64 of the rows of some ranges of numbered rows on the device, one range after the other."""
+    keys = _room.keys.take(sum(end - begin for begin, end in ranges))
+    start, place = int(start_of_keys(np.uint64(seed % 2**64))), 0
+    for begin, end in ranges:
+        launch(_keys, blocks_for(end - begin), start, words, begin, end - begin, keys, place)
+        place += end - begin
+    return keys
+
+
 class _Room:
     """What finishers work in, one after the other: made once a process."""
 
@@ -180,7 +197,7 @@ class _Room:
         name = "rows to encode"
         self.rows = {width: [Memory(name, np.uint32, width) for _ in range(2)] for width in (COLUMNS, WORDS)}
         self.arrived = {width: [Mark(), Mark()] for width in (COLUMNS, WORDS)}
-        self.used, self.keys, self.none = Mark(), Memory(name, np.uint64), Memory(name, np.int64)
+        self.used, self.keys = Mark(), Memory(name, np.uint64)
         self.records, self.copied = [Memory("records", RECORD_DTYPE, COLUMNS) for _ in range(2)], [Mark(), Mark()]
 
 
@@ -205,24 +222,15 @@ class Finisher:
 
     def take_shuffled(self, numbered: np.ndarray, seed: int) -> Callable[[], None]:
         """See cpu.Finisher."""
-        wait = self._upload(_words_of(numbered))
-        self.take_there(self._words, [(0, len(numbered))], seed)
+        wait, count = self._upload(words_of(numbered)), len(numbered)
+        order = sorted_places(keys_there(self._words, [(0, count)], seed), count) if count else NOWHERE.take(1)
+        self.take_there(self._words, order=order)
         return wait
 
-    def take_there(self, words, ranges: list[tuple[int, int]], seed: int) -> None:
-        """Take numbered rows that are on the device, uint32 [n, 42]: shuffled, those of some ranges (begin, end)."""
-        count = sum(end - begin for begin, end in ranges)
-        keys = _room.keys.take(max(1, count))
-        start, place = int(start_of_keys(np.uint64(seed % 2**64))), 0
-        for begin, end in ranges:
-            launch(_keys, blocks_for(end - begin), start, words, begin, end - begin, keys, place)
-            place += end - begin
-        self._words, self._first, self._day = words, 0, -1
-        self._order = sorted_places(keys, count) if count else _room.none.take(1)
-
-    def take_range(self, words, begin: int) -> None:
-        """Take numbered rows that are on the device, uint32 [n, 42]: from row `begin` on, in their order."""
-        self._words, self._first, self._day, self._order = words, begin, -1, None
+    def take_there(self, words, begin: int = 0, order=None) -> None:
+        """Take numbered rows that are on the device, uint32 [n, 42]: from row `begin` on as they are, or those at the
+        places `order`, int64 on the device."""
+        self._words, self._first, self._day, self._order = words, begin, -1, order
 
     def _upload(self, rows_: np.ndarray) -> Callable[[], None]:
         """Start to bring rows to the device; returns what waits until their memory on the host is free again."""
@@ -243,7 +251,7 @@ class Finisher:
         _room.records.reverse(), _room.copied.reverse()
         _room.copied[0].hold("compute")
         count, found = end - begin, _room.records[0].take(end - begin)
-        order, in_order = (_room.none.take(1), 1) if self._order is None else (self._order, 0)
+        order, in_order = (NOWHERE.take(1), 1) if self._order is None else (self._order, 0)
         launch(
             _finish, blocks_for(count * COLUMNS), self._words, self._first, order, in_order, begin, count, self._day,
             *self._fixed, found,

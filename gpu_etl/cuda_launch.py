@@ -6,6 +6,7 @@ memory and events are made once, grow where they must, and are used again behind
 """
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from itertools import count
 
@@ -98,10 +99,14 @@ class Budget:
     def __init__(self):
         self.limit, self.peak = 0, 0
         self._parts: dict[str, int] = {}
+        self._dropped: deque[tuple[str, int]] = deque()
 
     def take(self, name: str, size: int) -> None:
         """`name` is about to take `size` more bytes, or gives -size back. Raises DeviceMemoryError beyond the limit."""
         with _lock:
+            while self._dropped:
+                dropped, there = self._dropped.popleft()
+                self._parts[dropped] -= there
             together = sum(self._parts.values()) + size
             if size > 0 and self.limit and together > self.limit:
                 raise DeviceMemoryError(
@@ -110,6 +115,10 @@ class Budget:
                 )
             self._parts[name] = self._parts.get(name, 0) + size
             self.peak = max(self.peak, together)
+
+    def drop(self, name: str, size: int) -> None:
+        """`name` gave `size` bytes back, as Python's collector found: it comes at any time, so no lock is taken."""
+        self._dropped.append((name, size))
 
     def left(self) -> int:
         """Bytes that may still be taken: under the limit, and of what the device has free."""
@@ -158,7 +167,8 @@ class Memory:
             self.array, self.items = None, -1
 
     def __del__(self):
-        self.release()
+        if self.items >= 0:
+            budget.drop(self._name, self.items * self._item_bytes)
 
 
 class Pinned:

@@ -23,42 +23,39 @@ def zero(array, count):
 
 
 class Batch:
-    """The keys of one slab. asked: whether somebody will ask for them."""
+    """The keys of one slab, in pinned memory that a later slab's will use again; asked: whether somebody wants them."""
 
-    def __init__(self):
-        self._host, self._number, self._lock = Pinned(np.uint32), Output(np.int32), threading.Lock()
-        self.asked, self._found = False, [np.empty(0, np.uint32)] * SPARSE
-
-    def start(self, new: "NewKeys") -> None:
-        """Copy the counts, and as many keys as one slab has brought so far, behind the kernels launched so far."""
-        self._new, self._expected = new, min(new.expected, new.device.items)
-        self._arrived = self._number.get(new.count)
-        host = self._host.take(self._expected)
-        self._wait = fetch(new.device.array[: self._expected], host, new.mark) if self._expected else None
-        self._kept, self._found, self.asked = host, None, False
+    def __init__(self, new: "NewKeys", host: Pinned, counts: Output):
+        self.asked, self._new, self._expected = False, new, min(new.expected, new.device.items)
+        self._arrived, self._host = counts.get(new.count), host.take(self._expected)
+        self._wait = fetch(new.device.array[: self._expected], self._host, new.mark) if self._expected else None
+        self._lock, self._keys = threading.Lock(), None
 
     def number(self) -> np.ndarray:
         """How many there are of each column, int64 [26]."""
         return self._arrived().astype(np.int64)
 
-    def is_short(self) -> bool:
-        """Whether there are more than were copied at once."""
-        return self._found is None and int(self.number().sum()) > self._expected
+    def settle(self) -> np.ndarray:
+        """The same, before the next slab's keys are written over these on the device."""
+        number = self.number()
+        if self.asked and int(number.sum()) > self._expected:
+            self.keys()
+        return number
 
     def keys(self) -> list[np.ndarray]:
         """26 arrays uint32, on the host; waits for them."""
         with self._lock:
-            if self._found is None:
+            if self._keys is None:
                 each = self.number()
                 number = int(each.sum())
                 if self._wait is not None:
                     self._wait()
-                keys = self._kept[:number].copy()
+                keys = self._host[:number].copy()
                 if number > self._expected:
                     keys = copy_now(self._new.device.array[:number])
                     self._new.expected = max(self._new.expected, number)
-                self._found = np.split(keys, np.cumsum(each)[:-1])
-            return self._found
+                self._keys = np.split(keys, np.cumsum(each)[:-1])
+            return self._keys
 
 
 class NewKeys:
@@ -68,15 +65,20 @@ class NewKeys:
     def __init__(self):
         self.device, self._counts, self.mark = Memory("slab", np.uint32), Memory("slab", np.int32), Mark()
         self.count, self.expected = self._counts.take(SPARSE), 0
+        self._hosts = [(Pinned(np.uint32), Output(np.int32)) for _ in range(2)]
+        self._batches: list[Batch | None] = [None, None]
         self.started: Batch | None = None
-        self._batches = [Batch(), Batch()]
 
-    def begin(self, most: int) -> Batch:
-        """Make room for a slab's keys, which are written behind this call; its batch is not started yet."""
-        self._batches.reverse()
-        self.started = self._batches[0]
-        self.started.keys()  # of the slab before the last: they came long ago, and the memory is used again
+    def begin(self, most: int) -> None:
+        """Make room for a slab's keys, which are written behind this call."""
         self.mark.hold("compute")
         self.device.take(most)
         launch(zero, blocks_for(SPARSE), self.count, SPARSE)
-        return self.started
+
+    def start(self) -> None:
+        """Start to copy the counts, and as many keys as one slab has brought so far."""
+        self._hosts.reverse(), self._batches.reverse()
+        before_last = self._batches[0]
+        if before_last is not None and before_last.asked:
+            before_last.keys()  # they came long ago, and their memory is used again
+        self._batches[0] = self.started = Batch(self, *self._hosts[0])

@@ -206,6 +206,16 @@ def _field(column) -> Field:
     return Field(_array(column.data(), count, np.uint8 if kind == "BOOL8" else kind.lower()), None, valid)
 
 
+@cache
+def _pool_memory() -> None:
+    """Let libcudf take its memory from the driver's pool: by default each buffer of each column is allocated for
+    itself."""
+    import rmm
+
+    if type(rmm.mr.get_current_device_resource()) is rmm.mr.CudaMemoryResource:
+        rmm.mr.set_current_device_resource(rmm.mr.CudaAsyncMemoryResource())
+
+
 def _decoded(
     source: Source, slab_bytes: int, skip: int, names: Sequence[str]
 ) -> Iterator[tuple[list[Field], int, int]]:
@@ -217,6 +227,7 @@ def _decoded(
             f"{source.path}: Parquet on a GPU is decoded by cuDF, which is missing ({error}); "
             "`pip install -r requirements-gpu.txt`, or --device cpu"
         ) from error
+    _pool_memory()
     info = pylibcudf.io.SourceInfo([str(source.path)])
     builder, unique = pylibcudf.io.parquet.ParquetReaderOptions.builder(info), len(set(names)) == len(names)
     options = (builder.columns(list(names)) if unique else builder).build()

@@ -77,6 +77,9 @@ def _add_encode_flags(parser: argparse.ArgumentParser) -> None:
         help="text held at a time, a few times over; never changes the output (default: 8 MiB; GPU: 64)")  # fmt: skip
     add("--memory-limit", type=_size, default=0, metavar="SIZE",
         help="with --device cuda: take no more device memory, as 40G or in bytes (default: no limit)")  # fmt: skip
+    add("--keep-on-device", action=argparse.BooleanOptionalAction, default=True,
+        help="with --device cuda, where all rows fit: leave them in its memory between the passes, so that a killed "
+        "run begins anew; else they go through files (default: keep)")  # fmt: skip
     add("--device", default=default.device, choices=DEVICES, help="where rows are parsed and encoded")
 
 
@@ -119,5 +122,5 @@ def settings(args: argparse.Namespace) -> Settings:
         days=args.days, fractions=args.fractions, shuffle=args.shuffle, seed=args.seed, form=args.format,
         bad_rows=args.bad_rows, max_bad_rows=args.max_bad_rows, device=args.device, threads=args.threads,
         workers=args.workers, scheduler=args.scheduler, memory_limit=args.memory_limit,
-        slab_bytes=args.slab_bytes,
+        slab_bytes=args.slab_bytes, keep_on_device=args.keep_on_device,
     )  # fmt: skip

@@ -29,6 +29,7 @@ class Journal:
             os.close(self._file)
             raise DataError(f"{path}: another run is at work there; wait for it, or choose another --out") from None
         self.events: list[dict] = []
+        self._held: int | None = None
         self._crc32 = whole = 0
         for line in path.read_bytes().splitlines(keepends=True):
             event = self._parse(line)
@@ -56,11 +57,22 @@ class Journal:
     def record(self, **event) -> None:
         """Append an event. Everything it speaks of must have been written before."""
         self.events.append(event)
+        if self._held is not None:
+            return
         body = json.dumps(event)[:-1]
         self._crc32 = zlib.crc32(body.encode(), self._crc32)
         line = f'{body}{CHAIN}{self._crc32:08x}"}}\n'.encode()
         while line:  # a disk that is almost full takes a part, and raises only when asked again
             line = line[os.write(self._file, line) :]
+
+    def hold(self) -> None:
+        """From now on, remember events for this process alone: a later run does not go on where this one was."""
+        self._held = len(self.events)
+
+    def resume(self) -> None:
+        """Forget what was recorded since hold(), and write what is recorded from now on."""
+        del self.events[self._held :]
+        self._held = None
 
     def all(self, key: str) -> list:
         """What the events that have `key` hold under it, in order."""
@@ -69,7 +81,7 @@ class Journal:
     def clear(self) -> None:
         """Forget all events. The file stays, and stays locked."""
         os.ftruncate(self._file, 0)
-        self.events, self._crc32 = [], 0
+        self.events, self._crc32, self._held = [], 0, None
 
     def close(self) -> None:
         """Close the file."""

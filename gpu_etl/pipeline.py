@@ -10,7 +10,7 @@ from types import ModuleType
 
 import numpy as np
 
-from gpu_etl import backend, formats, integrity, manifest, splits, vocabulary
+from gpu_etl import backend, formats, integrity, kept, manifest, splits, vocabulary
 from gpu_etl.counting import CountPass
 from gpu_etl.encoding import EncodePass, day_shifts, scatter
 from gpu_etl.errors import BadRowError, DataError, DeviceMemoryError, KeepWorkError
@@ -22,7 +22,17 @@ from gpu_etl.settings import Settings
 from gpu_etl.shuffle import Buckets
 from gpu_etl.sources import Stamp, check_unchanged
 from gpu_etl.tally import Tally
-from gpu_etl.workfolder import JOB, JOURNAL, WORK, describe_job, finished, prepare, remove, until_sound
+from gpu_etl.workfolder import (
+    JOB,
+    JOURNAL,
+    WORK,
+    describe_job,
+    finished,
+    guess_rows,
+    prepare,
+    remove,
+    until_sound,
+)
 
 IDS = "ids.npz"
 
@@ -107,21 +117,23 @@ def _encode(
     Raises WorkDamagedError where the rows that went into the splits are not those that were counted.
     """
     day_rows = [tally.kept for tally in counting.tallies]
-    if settings.shuffle and not any(counting.to_buckets) and not journal.all("bucket_sums"):
+    spilled = counting.store is None and settings.shuffle and not any(counting.to_buckets)
+    if spilled and not journal.all("bucket_sums"):
         scatter(counting.spill, buckets, day_rows, *ranges["train"], journal)
     shifts = day_shifts([tally.smallest for tally in counting.tallies], settings.preset)
     with np.load(work / IDS) as arrays:
         ids = tuple(arrays.values())
-    encoding = EncodePass(
-        kernels, counting.spill, buckets, day_rows, shifts, ids, table_sizes, settings.form, journal, work
-    )
+    passed = kernels, counting.spill, buckets, day_rows, shifts, ids, table_sizes, settings.form, journal, work
+    store = counting.store
+    encoding = EncodePass(*passed) if store is None else kept.KeptEncodePass(store.kept, settings.seed, *passed)
     finished, written = {event["name"] for event in journal.all("split")}, {}
     for split, (begin, end) in ranges.items():
         if split not in finished:
             encoding.run(split, begin, end, settings.shuffle and split == "train")
             written |= stamps(work, journal.all("split")[-1]["files"])
-    encoded = integrity.add(*({event["name"]: event["sum"] for event in journal.all("split")}.values()))
-    integrity.expect(encoded, integrity.add(*counting.sums), work, "the coded rows of all splits")
+    if store is None:  # else no coded row has left the device's memory
+        encoded = integrity.add(*({event["name"]: event["sum"] for event in journal.all("split")}.values()))
+        integrity.expect(encoded, integrity.add(*counting.sums), work, "the coded rows of all splits")
     return written
 
 
@@ -156,6 +168,9 @@ def _run(
         settings.max_bad_rows, settings.to_buckets(len(sources)),
     )  # fmt: skip
     buckets = _buckets(settings, job, counting, journal, work)
+    on_device = kept.begin(kernels, journal, guess_rows(sources, settings.preset)) if settings.keep_on_device else None
+    if on_device is not None:
+        counting.store = kept.Store(on_device, journal, counting.spill, buckets, counting.to_buckets)
     table_sizes = _count(kernels, counting, buckets, settings, journal, work, report)
     ranges = _ranges(counting.tallies, settings)
     written = {}

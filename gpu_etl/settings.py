@@ -18,13 +18,14 @@ def without_bad_rows(shaping: dict) -> dict:
 @dataclass(frozen=True)
 class Settings:
     """Everything that shapes the encoded bytes, and what does not: device, threads, workers, scheduler, slab_bytes,
-    memory_limit, max_bad_rows.
+    memory_limit, keep_on_device, max_bad_rows.
 
     days: cut the one input file into so many days; 0: every file is a day. fractions: shares of all rows that train,
     test and validate, in file order, instead of halving the last day. form: one of formats.FORMS. bad_rows: "error" or
     "skip", up to max_bad_rows. threads: of the CPU, 0 for all cores. workers, scheduler: spread the days over so many
     processes of this machine, or over those of a Dask scheduler (see cluster.py). slab_bytes: of text held at
-    a time, 0 for what suits the device. memory_limit: bytes of device memory, 0 for no limit.
+    a time, 0 for what suits the device. memory_limit: bytes of device memory, 0 for no limit. keep_on_device: with
+    "cuda", leave coded rows there between the passes where they fit.
     """
 
     preset: Preset = PRESETS["count"]
@@ -41,6 +42,7 @@ class Settings:
     scheduler: str = ""
     slab_bytes: int = 0
     memory_limit: int = 0
+    keep_on_device: bool = True
 
     def check(self, inputs: int) -> None:
         """Raise DataError where a setting is out of range or does not fit the number of input files."""

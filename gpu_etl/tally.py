@@ -44,6 +44,13 @@ class Tally:
         self.smallest = min(self.smallest, smallest)
         self.dropped.update(dropped)
 
+    def event(self) -> dict:
+        """What add() takes to make this tally of an empty one, for JSON."""
+        return {
+            "read": self.read, "kept": self.kept, "end": self.end, "clicks": self.clicks,
+            "missing": self.missing.tolist(), "smallest": self.smallest, "dropped": dict(self.dropped),
+        }  # fmt: skip
+
     def bad_rows(self) -> int:
         """Rows left out because they could not be parsed."""
         return sum(self.dropped[reason] for reason in faults.REASONS.values())

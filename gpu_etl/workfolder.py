@@ -35,12 +35,12 @@ def describe_job(sources: list[Source], settings: Settings) -> dict:
     return {
         "settings": without_bad_rows(settings.shaping()),
         "sources": [{"file": source.path.name, "bytes": source.size} for source in sources],
-        "buckets": bucket_count(_guess_rows(sources, settings.preset)) if settings.shuffle else 0,
+        "buckets": bucket_count(guess_rows(sources, settings.preset)) if settings.shuffle else 0,
         "cluster": settings.on_cluster,
     }
 
 
-def _guess_rows(sources: list[Source], preset: Preset) -> int:
+def guess_rows(sources: list[Source], preset: Preset) -> int:
     """About how many rows will be kept."""
     rows = sum(s.size // ASSUMED_ROW_BYTES.get(s.path.suffix, ASSUMED_TEXT_ROW_BYTES) for s in sources)
     return int(rows * max(preset.sample, preset.sample_last))
@@ -71,7 +71,7 @@ def finished(out: Path, job: dict, sources: list[Source]) -> manifest.Manifest |
 
 def _check_space(out: Path, sources: list[Source], preset: Preset) -> None:
     """Raise DataError where the disk cannot hold what the days will become, at a rough guess of their rows."""
-    need = _guess_rows(sources, preset) * (NUMBERED.itemsize + RECORD_BYTES)
+    need = guess_rows(sources, preset) * (NUMBERED.itemsize + RECORD_BYTES)
     free = shutil.disk_usage(out).free
     if free < need:
         raise DataError(

@@ -1,25 +1,34 @@
 """Where the time of training goes (leaf)."""
 
 import time
+from collections import deque
 from contextlib import contextmanager
 
 import torch
 
-SAMPLED_STEPS = 20  # on a GPU, one step of so many is timed: timing it means waiting for it
+SAMPLED_STEPS = 20  # on a GPU, one step of so many is timed
 
 
 class Clock:
-    """Seconds by part of the loop. On a GPU only some steps are timed, and their parts stand for all."""
+    """Seconds by part of the loop.
 
-    def __init__(self, device: torch.device):
-        self._device, self._steps = device, 0
-        self._timed = True
-        self.seconds: dict[str, float] = {}
+    On a GPU one step of `every` is timed, and its parts stand for all. Two events in the stream mark a part, so that
+    nothing waits for the device: its time is the GPU's, which for a part that only the host works in ("waiting for
+    data") is the time that the GPU had nothing to do in.
+    """
+
+    def __init__(self, device: torch.device, every: int = SAMPLED_STEPS):
+        self._cuda, self._steps, self.every = device.type == "cuda", 0, every
+        self._timed = not self._cuda  # the first wait for data is that for a loader to start
+        self._seconds: dict[str, float] = {}
+        self._pending: deque[tuple[str, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def next_step(self) -> None:
         """A new step begins."""
         self._steps += 1
-        self._timed = self._device.type != "cuda" or self._steps % SAMPLED_STEPS == 0
+        self._timed = not self._cuda or self._steps % self.every == 0
+        while self._pending and self._pending[0][2].query():
+            self._count()
 
     @contextmanager
     def part(self, name: str):
@@ -27,24 +36,46 @@ class Clock:
         if not self._timed:
             yield
             return
-        self._wait()
-        start, self._timed = time.perf_counter(), False
+        start, self._timed = self._now(), False
         try:
             yield
         finally:
             self._timed = True
-        self._wait()
-        self.add(name, time.perf_counter() - start)
+        if self._cuda:
+            self._pending.append((name, start, self._now()))
+        else:
+            self.add(name, time.perf_counter() - start)
+
+    def _now(self):
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _count(self) -> None:
+        name, start, end = self._pending.popleft()
+        self.add(name, start.elapsed_time(end) / 1000)
 
     def add(self, name: str, seconds: float) -> None:
         """Count seconds that were timed elsewhere."""
-        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize()
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By part; on a GPU, waits for the parts under way."""
+        while self._pending:
+            self._pending[0][2].synchronize()
+            self._count()
+        return dict(self._seconds)
+
+    def clear(self) -> None:
+        """Forget what was timed so far."""
+        self._pending.clear()
+        self._seconds.clear()
 
     def shares(self) -> dict[str, float]:
         """Each part's share of the time of all parts."""
-        total = sum(self.seconds.values())
-        return {name: seconds / total for name, seconds in self.seconds.items()} if total else {}
+        found = self.seconds
+        total = sum(found.values())
+        return {name: seconds / total for name, seconds in found.items()} if total else {}

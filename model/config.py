@@ -1,11 +1,13 @@
 """Model configurations: the JSON files of MLPerf v0.7 and DeepSparkHub (leaf)."""
 
-import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+from common import typed
 
 FOLDER = Path(__file__).parent / "configs"
 INTERACTIONS = ("dot", "cat", "dcnv2")
+LARGEST = 2**31 - 1  # of a size: ids are int32
 
 
 class ConfigError(ValueError):
@@ -22,6 +24,8 @@ class ModelConfig:
     the names of torchrec's flags; defaults are MLPerf v3's.
     """
 
+    __pydantic_config__ = typed.STRICT
+
     num_numerical_features: int
     categorical_feature_sizes: tuple[int, ...]
     bottom_mlp_sizes: tuple[int, ...]
@@ -36,16 +40,17 @@ class ModelConfig:
     def __post_init__(self):
         for field in ("categorical_feature_sizes", "bottom_mlp_sizes", "top_mlp_sizes"):
             sizes = getattr(self, field)
-            if not sizes or any(not isinstance(size, int) or size < 1 for size in sizes):
-                raise ConfigError(f"{field}: expected positive whole numbers, got {sizes}")
+            if not sizes or not all(1 <= size <= LARGEST for size in sizes):
+                raise ConfigError(f"{field}: expected whole numbers from 1 to {LARGEST}, got {sizes}")
+        for field in ("num_numerical_features", "embedding_dim", "dcn_num_layers", "dcn_low_rank_dim"):
+            if not 1 <= getattr(self, field) <= LARGEST:
+                raise ConfigError(f"{field}: expected 1 to {LARGEST}, got {getattr(self, field)}")
         if self.bottom_mlp_sizes[-1] != self.embedding_dim:
             raise ConfigError(
                 f"bottom_mlp_sizes ends in {self.bottom_mlp_sizes[-1]}: expected embedding_dim, {self.embedding_dim}"
             )
         if self.top_mlp_sizes[-1] != 1:
             raise ConfigError(f"top_mlp_sizes ends in {self.top_mlp_sizes[-1]}: expected 1, the logit")
-        if self.dcn_num_layers < 1 or self.dcn_low_rank_dim < 1:
-            raise ConfigError("dcn_num_layers, dcn_low_rank_dim: expected 1 or more")
         if self.interaction_op not in INTERACTIONS:
             raise ConfigError(f"interaction_op: expected one of {', '.join(INTERACTIONS)}, got {self.interaction_op!r}")
 
@@ -59,14 +64,22 @@ class ModelConfig:
 
     @staticmethod
     def from_json(values: dict, where: str) -> "ModelConfig":
-        """Build from a JSON object. Raises ConfigError for missing or unknown keys or bad sizes, naming `where`."""
-        known = {field.name for field in fields(ModelConfig)}
-        if not isinstance(values, dict) or not values.keys() <= known:
-            raise ConfigError(f"{where}: expected a JSON object with the keys {', '.join(sorted(known))}, got {values}")
-        try:
-            return ModelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-        except (ConfigError, TypeError) as error:
-            raise ConfigError(f"{where}: {error}") from error
+        """Build from a JSON object. Raises ConfigError for missing or unknown keys, other types and bad sizes, naming
+        `where`."""
+        return typed.read(ModelConfig, values, where, ConfigError)
+
+    def check_columns(self, dense: int, tables: int, where: str) -> None:
+        """Raise ConfigError, naming `where`, where a data set of so many dense and category columns does not fit."""
+        if self.num_numerical_features != dense:
+            raise ConfigError(
+                f"{where}: num_numerical_features: expected {dense}, as the data set has, got "
+                f"{self.num_numerical_features}"
+            )
+        if len(self.categorical_feature_sizes) != tables:
+            raise ConfigError(
+                f"{where}: categorical_feature_sizes: expected {tables} tables, one a category column of the data set, "
+                f"got {len(self.categorical_feature_sizes)}"
+            )
 
 
 def names() -> list[str]:
@@ -85,8 +98,4 @@ def read_config(name: str) -> tuple[ModelConfig, Path]:
         path = FOLDER / f"{path.name.removesuffix('.json')}.json"
     if not path.is_file():
         raise ConfigError(f"--model_config {name}: no such file; the ones that come along are {', '.join(names())}")
-    try:
-        values = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: expected JSON: {error}") from error
-    return ModelConfig.from_json(values, str(path)), path
+    return typed.read_json(ModelConfig, path.read_bytes(), str(path), ConfigError), path

@@ -6,6 +6,7 @@ whatever the numbers of rows on the ranks are.
 """
 
 import functools
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from signal import Signals
@@ -88,9 +89,22 @@ class RankTrainer(Trainer):
         return int(batch.rows)
 
     def whole_losses(self, losses: torch.Tensor) -> torch.Tensor:
-        """The parts of all ranks, summed."""
+        """The parts of all ranks, summed. Raises ConfigError where the ranks do not train the same model any more."""
         self.ranks.all_reduce(losses)
+        self.check_alike()
         return losses
+
+    def check_alike(self) -> None:
+        """Raise ConfigError where steps, or what all ranks hold (the MLPs, replicated tables), are not those of rank
+        0: a fault of a machine, or of this program. Waits for the device."""
+        weights, replicas = self.model.dense_parameters(), self.model.embedding.replicas
+        if replicas is not None:
+            weights = [*weights, replicas.weight]
+        # Sums of the bits as whole numbers: exact in any order, and made where the weights are.
+        sums = torch.stack([weight.detach().reshape(-1).view(torch.int32).sum() for weight in weights])
+        found = {"steps": self.steps, "digest of the weights": f"{zlib.crc32(sums.cpu().numpy()):08x}"}
+        remedy = "go on from the last checkpoint, and look for the machine that computes otherwise"
+        self.ranks.check_same(found, "this rank does not train what rank 0 trains", remedy)
 
     def measure(self, logits: torch.Tensor, labels: torch.Tensor) -> Metrics:
         """Metrics over all ranks' rows."""
@@ -110,6 +124,11 @@ class RankLoader:
 
     def __len__(self) -> int:
         return len(self._loader)
+
+    def check(self) -> None:
+        """As the loader's: raises where a value in its batches cannot be."""
+        if hasattr(self._loader, "check"):
+            self._loader.check()
 
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[RankBatch]:
         """The batches from number `start` of `epoch` on."""

@@ -16,7 +16,7 @@ from torch import nn
 
 from model.config import ModelConfig
 from model.embedding import JointEmbedding, Storage, TorchEmbedding
-from model.fused import fuses, lookup_dot
+from model.fused import fusible, lookup_dot
 from model.interaction import CatInteraction, CrossInteraction, DotInteraction
 from model.optimizers import Optimizer
 
@@ -63,8 +63,10 @@ class DLRM(nn.Module):
     def forward(self, dense: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
         """dense float32 [B, N] (logged), sparse int32 [B, T] -> logits float32 [B]."""
         bottom = self.bottom(dense)
-        if fuses(self.embedding, self.interaction, bottom):
-            features = lookup_dot(bottom, sparse, self.embedding, self.interaction)
+        tables = fusible(self.embedding, self.interaction, bottom)
+        if tables is not None:
+            ids = sparse if tables is self.embedding else self.embedding.local_ids(sparse)
+            features = lookup_dot(bottom, ids, tables, self.interaction)
         else:
             features = self.interaction(bottom, self.embedding(sparse).to(bottom.dtype))
         return self.top(features).float().squeeze(1)

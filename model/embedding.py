@@ -6,12 +6,13 @@ learning rate is read from the scalar tensor `lr`, the number of the step (from 
 `loss_scale` first. These two are set to a number, or once and for all to a scalar tensor. On a GPU all three are read
 from device memory, so that a CUDA graph sees what was set before its replay (set numbers outside of the graph).
 After hold(), backward takes no step, but keeps what it needs: held() gives the gradients, release(skip) takes the
-steps, once it is known whether all gradients are good.
+steps, once it is known whether all gradients are good. Gradients that a kernel has looked at on its way are not given.
 """
 
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +24,7 @@ from model.optimizers import Optimizer
 
 PLACEMENTS = ("device", "host")
 DRAWN_AT_ONCE = 1 << 22  # numbers; another number would be other initial weights on a GPU
+Order = tuple[torch.Tensor, torch.Tensor]  # look-ups sorted by row: keys [N], and their places int64 [N]
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,24 @@ class Storage:
     dtype: torch.dtype = torch.float32
     stochastic: bool = True
     placement: str = "device"
+
+
+class Found(NamedTuple):
+    """Where look-ups find their rows: a weight on the device, places in it, int; order: what sorting the look-ups gave,
+    where that was needed."""
+
+    weight: torch.Tensor
+    places: torch.Tensor
+    order: Order | None = None
+
+
+class Held(NamedTuple):
+    """A step not taken yet, as update() was asked for it."""
+
+    index: torch.Tensor
+    grad: torch.Tensor
+    order: Order | None
+    checked: bool
 
 
 def on_gpu(tensor: torch.Tensor) -> bool:
@@ -56,6 +76,17 @@ def _pinned(weight: torch.Tensor, owner: nn.Module) -> torch.Tensor:
     return weight
 
 
+def check_ids(ids: torch.Tensor, limits: torch.Tensor) -> None:
+    """Raise ConfigError where one of ids int [B, T] is not from 0 to below its column's limit int [T]."""
+    wrong = (ids < 0) | (ids >= limits)
+    if wrong.any():
+        row, column = wrong.nonzero()[0].tolist()
+        raise ConfigError(
+            f"row {row + 1} of a batch, table {column}: expected an id from 0 to {int(limits[column]) - 1}, got "
+            f"{int(ids[row, column])}; the data set is not that of this model"
+        )
+
+
 def _scalar(buffer: torch.Tensor, value: float | torch.Tensor) -> torch.Tensor:
     """The tensor itself, or the buffer with the number in it."""
     return value if isinstance(value, torch.Tensor) else buffer.fill_(value)
@@ -75,12 +106,13 @@ class _Lookup(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, weight, index, module):
-        ctx.index, ctx.module = index, module
-        return module.gather(index)
+        found = module.source(index)
+        ctx.index, ctx.module, ctx.order = index, module, found.order
+        return module.vectors(found)
 
     @staticmethod
     def backward(ctx, grad):
-        ctx.module.update(ctx.index, grad)
+        ctx.module.update(ctx.index, grad, order=ctx.order)
         return None, None, None
 
 
@@ -95,7 +127,8 @@ class _Tables(nn.Module):
         super().__init__()
         self.optimizer, self.storage = optimizer, storage
         self._rule = optimizer.table_rule(storage.stochastic)
-        self._waiting: list[tuple[torch.Tensor, torch.Tensor]] | None = None
+        self._waiting: list[Held] | None = None
+        self.flag: torch.Tensor | None = None
         self.sizes, self.dim, self.hash_indices = tuple(sizes), dim, hash_indices
         begins = torch.tensor([0, *sizes]).cumsum(0)
         self.register_buffer("begins", begins[:-1].clone(), persistent=False)
@@ -126,9 +159,9 @@ class _Tables(nn.Module):
 
     @torch.no_grad()
     def _draw(self) -> None:
-        """Initial weights; the same numbers, rounded, for half types."""
+        """Initial weights; the same numbers, rounded, for half types, and for tables in host memory."""
         for table in self.tables():
-            for begin, rows in initial_rows(len(table), self.dim, table.device):
+            for begin, rows in initial_rows(len(table), self.dim, self.lr.device):
                 table[begin : begin + len(rows)] = rows
 
     @property
@@ -163,84 +196,98 @@ class _Tables(nn.Module):
         return {name.removeprefix("state_"): buffer for name, buffer in self.named_buffers() if name[:6] == "state_"}
 
     @torch.no_grad()
-    def update(self, index: torch.Tensor, grad: torch.Tensor, skip: torch.Tensor | None = None) -> None:
+    def update(
+        self, index: torch.Tensor, grad: torch.Tensor, *, skip: torch.Tensor | None = None,
+        order: Order | None = None, checked: bool = False,
+    ) -> None:  # fmt: skip
         """One optimiser step for the rows index int64 [N], of which grad float [N, D] are the gradients, times
-        loss_scale; after hold(), a note of it. skip: a float32 scalar on the device; above 0, nothing changes."""
+        loss_scale; after hold(), a note of it. skip: a float32 scalar on the device; above 0, nothing changes. order:
+        what sort_lookups made of the index, if that is known already; checked: whether `flag` tells already of
+        gradients that are no numbers."""
         if self._waiting is not None:
-            self._waiting.append((index, grad))
+            self._waiting.append(Held(index, grad, order, checked))
         else:
-            self._take_step(index, grad, skip)
+            self._take_step(index, grad, order, skip)
 
-    def _take_step(self, index: torch.Tensor, grad: torch.Tensor, skip: torch.Tensor | None) -> None:
-        if skip is not None and skip > 0:
-            return
+    def _take_step(
+        self, index: torch.Tensor, grad: torch.Tensor, order: Order | None, skip: torch.Tensor | None
+    ) -> None:
         grad = grad.to(self.lr.dtype)
+        if skip is not None and grad.is_cuda and self.optimizer.name == "sgd" and self.weight.dtype == torch.float32:
+            grad = grad.masked_fill(skip > 0, 0.0)  # nothing changes, and the host waits for nothing
+        elif skip is not None and skip > 0:
+            return
         if isinstance(self.loss_scale, torch.Tensor) or self.loss_scale != 1.0:
             grad = grad / self.loss_scale
         self._rule(self.weight, self.state(), index, grad, self.lr, self.step)
 
-    def gather(self, index: torch.Tensor) -> torch.Tensor:
-        """Rows float32 [N, D] of the joint weight for index int64 [N]."""
-        return F.embedding(index, self.weight).to(self.lr.dtype)
+    def source(self, rows: torch.Tensor) -> Found:
+        """Where rows int [...] of the joint weight are found."""
+        return Found(self.weight.detach(), rows)
 
-    def hold(self) -> None:
-        """From now on, take no step in backward."""
-        self._waiting = []
+    def vectors(self, found: Found) -> torch.Tensor:
+        """The rows found, float32 [..., D]."""
+        return F.embedding(found.places, found.weight).to(self.lr.dtype)
+
+    def hold(self, flag: torch.Tensor | None = None) -> None:
+        """From now on, take no step in backward. flag: a float32 scalar on the device, which backward sets to 1 where a
+        kernel that makes gradients meets one that is infinite or no number."""
+        self._waiting, self.flag = [], flag
 
     def held(self) -> list[torch.Tensor]:
-        """The gradients of the steps not taken yet, still times loss_scale."""
-        return [grad for _, grad in self._waiting or ()]
+        """The gradients of the steps not taken yet that no kernel has looked at, still times loss_scale."""
+        return [held.grad for held in self._waiting or () if not held.checked]
 
     @torch.no_grad()
     def release(self, skip: torch.Tensor) -> None:
         """Take the steps, unless `skip`, a scalar on the device, is above 0; and hold those of the next backward."""
-        for index, grad in self._waiting:
-            self._take_step(index, grad, skip)
-        self.hold()
+        for held in self._waiting:
+            self._take_step(held.index, held.grad, held.order, skip)
+        self.hold(self.flag)
 
     def rows(self, sparse: torch.Tensor) -> torch.Tensor:
         """Rows of the joint weight, int64 [B * T], for ids int32 [B, T]."""
         ids = sparse.long()
         if self.hash_indices:
             ids = ids % self.limits
+        elif not (on_gpu(ids) or torch.compiler.is_compiling()):  # there, loaders (DeviceBounds) and Scorer look
+            check_ids(ids, self.limits)
         return (ids + self.begins).flatten()
 
 
 class JointEmbedding(_Tables):
     """The tables with the update fused into backward; on a GPU by the kernels of model/kernels, where they know the
-    shape. All is deterministic: equal input, equal bits."""
+    shape. Equal input gives equal bits, on a CPU with equally many threads, on a GPU with the kernels and without."""
 
     def forward(self, sparse: torch.Tensor) -> torch.Tensor:
         """ids int32 [B, T] -> vectors float32 [B, T, D]."""
         index = self.rows(sparse)
-        found = _Lookup.apply(self.weight, index, self) if torch.is_grad_enabled() else self.gather(index)
-        return found.view(*sparse.shape, self.dim)
+        if torch.is_grad_enabled():
+            return _Lookup.apply(self.weight, index, self).view(*sparse.shape, self.dim)
+        return self.vectors(self.source(index)).view(*sparse.shape, self.dim)
 
-    def source(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A weight on the device and the places in it of rows int [...]: the weight itself, or, where it lies in host
-        memory and a GPU asks, the part of it that has these rows."""
-        weight = self.weight.detach()
+    def source(self, rows: torch.Tensor) -> Found:
+        """The weight itself, or, where it lies in host memory and a GPU asks, the part of it that has these rows."""
         if self.storage.placement == "device" or not on_gpu(rows):
-            return weight, rows
+            return super().source(rows)
         from model.kernels import staging, update
 
-        part, slots = staging.stage(weight, *update.sort_lookups(rows.flatten(), len(weight)))
-        return part, slots.view(rows.shape)
+        weight = self.weight.detach()
+        order = update.sort_lookups(rows.flatten(), len(weight))
+        part, slots = staging.stage(weight, *order)
+        return Found(part, slots.view(rows.shape), order)
 
-    def gather(self, index: torch.Tensor) -> torch.Tensor:
-        """See _Tables."""
-        weight, places = self.source(index)
-        return F.embedding(places, weight).to(self.lr.dtype)
-
-    def _take_step(self, index: torch.Tensor, grad: torch.Tensor, skip: torch.Tensor | None) -> None:
+    def _take_step(
+        self, index: torch.Tensor, grad: torch.Tensor, order: Order | None, skip: torch.Tensor | None
+    ) -> None:
         if not (on_gpu(grad) and self.has_kernels):
-            return super()._take_step(index, grad, skip)
+            return super()._take_step(index, grad, order, skip)
         from model.kernels.update import update
 
         rule = self.optimizer
         update(
             self.weight, self.state(), index, grad, rule.name, rule.epsilon, rule.betas, self.lr,
-            self._scale_scalar, self._step_scalar, self.storage.stochastic, skip,
+            self._scale_scalar, self._step_scalar, self.storage.stochastic, skip, order,
         )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from model.config import ConfigError
 from model.keeper import Keeper
 from model.logs import RunLog
+from model.loss_scale import MOST_SKIPPED
 from model.metrics import Metrics
 from model.trainer import Trainer
 
@@ -75,7 +76,7 @@ class Loop:
     def run(self) -> Progress:
         """Raises ConfigError on a loss that is no number: no checkpoint is written from the step with it on."""
         trainer, per_epoch = self.trainer, len(self.loader)
-        total = per_epoch * self.options.epochs
+        total, begun = per_epoch * self.options.epochs, trainer.steps
         watching = self.keeper.watch_signals() if self.keeper else nullcontext()
         with watching, tqdm(total=total, initial=trainer.steps, desc="train", unit="step", file=sys.stderr) as bar:
             while trainer.steps < total and not self._stopped:
@@ -83,8 +84,10 @@ class Loop:
                 self.log.epoch("start", epoch)
                 self._run_epoch(epoch, start, total, bar)
                 self.log.epoch("stop", epoch)
+            self._check()
+            if self.trainer.loss_scale and self.progress.signal is None:
+                self.trainer.loss_scale.check(trainer.steps - begun)
             if self.keeper:
-                self._check_losses()
                 self.keeper.end()
         return self.progress
 
@@ -105,7 +108,7 @@ class Loop:
             bar.update()
             pause = self._due(total)
             if pause:
-                self._check_losses()
+                self._check()
                 self.progress.seconds += time.perf_counter() - mark
                 for action in pause:
                     action(bar)
@@ -150,8 +153,16 @@ class Loop:
         bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.4g}", refresh=False)
         self.log.trained(self.trainer.steps, loss, lr, self.progress)
 
+    def _check(self) -> None:
+        """Look at what may have gone wrong since the last time, all at once: each look waits for the device."""
+        if hasattr(self.loader, "check"):
+            self.loader.check()
+        self._check_losses()
+        if self.trainer.loss_scale:
+            self.trainer.loss_scale.check(MOST_SKIPPED)
+
     def _check_losses(self) -> None:
-        """Look at the losses since the last time, all at once: each look waits for the device."""
+        """Raise ConfigError where a loss since the last time is no number."""
         if not self._losses:
             return
         losses = self.trainer.whole_losses(torch.stack(self._losses)).cpu()

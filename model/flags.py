@@ -60,7 +60,18 @@ class _Parser(argparse.ArgumentParser):
     in model/recipes."""
 
     def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        return shlex.split(arg_line, comments=True)
+        try:
+            return shlex.split(arg_line, comments=True)
+        except ValueError as error:
+            self.error(f"in a file of flags, the line {arg_line!r}: {error}")
+
+    def _read_args_from_files(self, arg_strings):
+        try:
+            return super()._read_args_from_files(arg_strings)
+        except RecursionError:
+            self.error(f"{' '.join(arg_strings)[:200]}: a file of flags that takes itself in")
+        except UnicodeDecodeError as error:
+            self.error(f"{' '.join(arg_strings)[:200]}: a file of flags is no text: {error}")
 
     def parse_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else list(args)
@@ -221,8 +232,10 @@ def _add_test_flags(group) -> None:
 
 def _add_checkpoint_flags(group) -> None:
     group.add_argument(
-        "--output_dir", type=Path, default=Path("runs"), metavar="DIR", help="for checkpoints and --profile_steps"
-    )
+        "--output_dir", type=Path, default=Path("runs"), metavar="DIR",
+        help="for checkpoints and --profile_steps; a new run that finds another run's checkpoints there writes into a "
+        "folder of its own in it, run_ID (default: runs)",
+    )  # fmt: skip
     group.add_argument("--save_model", action=Boolean, default=False, help="write a checkpoint at the end")
     group.add_argument("--save_freq", type=_count(0), default=0, metavar="N", help="write one every N steps")
     group.add_argument("--save_minutes", type=float, default=0.0, metavar="M", help="write one every M minutes")
@@ -237,6 +250,11 @@ def _add_checkpoint_flags(group) -> None:
         "--ckpt", type=Path, metavar="DIR",
         help="checkpoint to go on from or to use, or a folder of some: then the latest in it; auto: the latest in "
         "--output_dir, or none where there is none yet, so that the same command starts a run and goes on with it",
+    )  # fmt: skip
+    group.add_argument(
+        "--allow_other_data", "--allow-other-data", action=Boolean, default=False,
+        help="use --ckpt with a data set of other id maps or other rules for integers than it was trained on (say so "
+        "only where you know that both mean the same), or go on with other rows or another order (default: false)",
     )  # fmt: skip
 
 

@@ -7,13 +7,17 @@ from model.embedding import JointEmbedding, on_gpu
 from model.interaction import DotInteraction
 
 
-def fuses(embedding: nn.Module, interaction: nn.Module, bottom: torch.Tensor) -> bool:
-    """Whether lookup_dot takes these: a local JointEmbedding, dot products, a GPU, a shape that the kernels know."""
+def fusible(embedding: nn.Module, interaction: nn.Module, bottom: torch.Tensor) -> JointEmbedding | None:
+    """The tables that lookup_dot takes for an embedding and an interaction: those of a JointEmbedding, or of another
+    module that has all of them `whole`, here. None unless there are dot products, a GPU, and a shape that the kernels
+    know."""
     # Not isinstance: an embedding that inherits from these has its own way of looking up.
-    return (
-        type(embedding) is JointEmbedding and type(interaction) is DotInteraction
-        and on_gpu(bottom) and embedding.has_kernels and not torch.compiler.is_compiling()
+    tables = embedding if type(embedding) is JointEmbedding else getattr(embedding, "whole", None)
+    fits = (
+        type(tables) is JointEmbedding and type(interaction) is DotInteraction
+        and on_gpu(bottom) and tables.has_kernels and not torch.compiler.is_compiling()
     )  # fmt: skip
+    return tables if fits else None
 
 
 class _LookupDot(torch.autograd.Function):
@@ -23,18 +27,21 @@ class _LookupDot(torch.autograd.Function):
     def forward(ctx, bottom, weight, rows, embedding, self_interaction):
         from model.kernels import lookup_interaction
 
-        source, places = embedding.source(rows)
-        ctx.save_for_backward(bottom, rows, places)
-        ctx.source, ctx.embedding, ctx.self_interaction = source, embedding, self_interaction
-        return lookup_interaction.forward(bottom, places, source, self_interaction)
+        found = embedding.source(rows)
+        ctx.save_for_backward(bottom, rows, found.places)
+        ctx.found, ctx.embedding, ctx.self_interaction = found, embedding, self_interaction
+        return lookup_interaction.forward(bottom, found.places, found.weight, self_interaction)
 
     @staticmethod
     def backward(ctx, grad):
         from model.kernels import lookup_interaction
 
         bottom, rows, places = ctx.saved_tensors
-        grad_bottom, grads = lookup_interaction.backward(grad, bottom, places, ctx.source, ctx.self_interaction)
-        ctx.embedding.update(rows.flatten(), grads)
+        found, flag = ctx.found, ctx.embedding.flag
+        grad_bottom, grads = lookup_interaction.backward(
+            grad, bottom, places, found.weight, ctx.self_interaction, flag
+        )
+        ctx.embedding.update(rows.flatten(), grads, order=found.order, checked=flag is not None)
         return grad_bottom, None, None, None, None
 
 

@@ -4,6 +4,7 @@
 without a GPU. Both hold a function batch -> tensor, as Trainer.run and Trainer.logits are.
 """
 
+import sys
 from collections.abc import Callable
 
 import torch
@@ -12,13 +13,14 @@ from model.config import ConfigError
 
 SLOTS = 2  # one is being worked on, the next is being filled
 WARM_UP = 3  # runs before recording: libraries allocate what they need on their first ones
+MOST_SIZES = 4  # of batches that get slots and graphs: full ones, an epoch's last, and some to spare
 
 
 class StaticInputs:
     """Batches at fixed addresses: SLOTS sets of tensors, filled in turns.
 
-    A batch from the host is copied on a stream of its own, while the device works on the one before; a slot is filled
-    again only after the work on it is done.
+    A batch from the host (in pinned memory: of other memory the host makes a copy first) is copied on a stream of its
+    own, while the device works on the one before; a slot is filled again only after the work on it is done.
     """
 
     def __init__(self, example, device: torch.device):
@@ -26,6 +28,9 @@ class StaticInputs:
         self._last, self._cuda = SLOTS - 1, device.type == "cuda"
         if self._cuda:
             self._copier = torch.cuda.Stream(device)
+            # The allocator may give out memory that work under way on this stream still uses: good for it, not for the
+            # stream that copies.
+            self._copier.wait_stream(torch.cuda.current_stream())
             self._free = [torch.cuda.Event() for _ in self.slots]
 
     def put(self, batch) -> int:
@@ -51,58 +56,74 @@ class StaticInputs:
 
 
 class Static:
-    """Runs a function on batches at fixed addresses. Batches of another size than the first one's go the direct way."""
+    """Runs a function on batches at fixed addresses, a set of them for each of the first MOST_SIZES sizes of batches;
+    others go the direct way, which is said."""
 
     def __init__(self, run: Callable, device: torch.device):
         self._run, self._device = run, device
-        self._inputs: StaticInputs | None = None
+        self._inputs: dict[int, StaticInputs] = {}
+        self._said = False
 
     def __call__(self, batch) -> torch.Tensor:
         """What the function returns, in memory of its own."""
-        if self._inputs is None:
-            self._inputs = StaticInputs(batch, self._device)
-        if len(batch.label) != len(self._inputs.slots[0].label):
-            return self._run(type(batch)(*(tensor.to(self._device) for tensor in batch)))
-        slot = self._inputs.put(batch)
-        found = self._work(slot)
-        self._inputs.done(slot)
+        rows = len(batch.label)
+        if rows not in self._inputs:
+            if len(self._inputs) == MOST_SIZES:
+                self._say(rows)
+                return self._run(type(batch)(*(tensor.to(self._device) for tensor in batch)))
+            self._inputs[rows] = StaticInputs(batch, self._device)
+        slot = self._inputs[rows].put(batch)
+        found = self._work(rows, slot)
+        self._inputs[rows].done(slot)
         return found
 
-    def _work(self, slot: int) -> torch.Tensor:
-        return self._run(self._inputs.slots[slot])
+    def _say(self, rows: int) -> None:
+        if not self._said:
+            known = ", ".join(map(str, self._inputs))
+            print(f"--cuda_graphs: batches of {rows} rows run without a graph, as do all but those of {known}",
+                  file=sys.stderr)  # fmt: skip
+        self._said = True
+
+    def _work(self, rows: int, slot: int) -> torch.Tensor:
+        return self._run(self._inputs[rows].slots[slot])
 
 
 class Graph(Static):
-    """The same, recorded as a CUDA graph per slot after a few runs. What the function computes, it must compute on the
-    device alone. Raises ConfigError where it cannot be recorded."""
+    """The same, recorded as a CUDA graph per slot after a few runs of that size. What the function computes, it must
+    compute on the device alone. Raises ConfigError where it cannot be recorded."""
 
     def __init__(self, run: Callable, device: torch.device):
         if device.type != "cuda":
             raise ConfigError(f"--cuda_graphs: expected a GPU, got --device {device.type}; leave the flag out")
         super().__init__(run, device)
-        self._runs, self._graphs, self._pool = 0, {}, torch.cuda.graph_pool_handle()
+        self._runs: dict[int, int] = {}
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        # Shared: graphs run one after the other, and nothing but their results outlives them.
+        self._pool, self._side = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
-    def _work(self, slot: int) -> torch.Tensor:
-        self._runs += 1
-        if self._runs <= WARM_UP:
-            side = torch.cuda.Stream(self._device)
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                found = super()._work(slot)
-            torch.cuda.current_stream().wait_stream(side)
+    def _work(self, rows: int, slot: int) -> torch.Tensor:
+        self._runs[rows] = self._runs.get(rows, 0) + 1
+        if self._runs[rows] <= WARM_UP:
+            self._side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._side):
+                found = super()._work(rows, slot)
+            torch.cuda.current_stream().wait_stream(self._side)
+            found.record_stream(torch.cuda.current_stream())
             return found
-        if slot not in self._graphs:
-            self._graphs[slot] = self._record(slot)
-        graph, found = self._graphs[slot]
+        if (rows, slot) not in self._graphs:
+            self._graphs[rows, slot] = self._record(rows, slot)
+        graph, found = self._graphs[rows, slot]
         graph.replay()
         return found.clone()  # the graphs share their memory
 
-    def _record(self, slot: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    def _record(self, rows: int, slot: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         graph = torch.cuda.CUDAGraph()
         try:
             # Of this thread only: meanwhile the loader's thread may pin memory or wait for an event, which is fine.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                found = super()._work(slot)
+                found = super()._work(rows, slot)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise ConfigError(
                 f"--cuda_graphs: this step cannot be recorded, as something in it waits for the device ({error}); "

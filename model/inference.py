@@ -1,6 +1,7 @@
 """A trained model at work: scores, their speed, and export for other programs."""
 
 import statistics
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from model import atomic
 from model.config import ConfigError
 from model.dlrm import DLRM
 
@@ -44,38 +46,58 @@ def benchmark(trainer, batches: dict[int, list], steps: int) -> list[dict]:
 
 class Scorer(nn.Module):
     """The model as other programs call it: dense float32 [B, 13], log(x + 1) of the integers, and sparse int32 [B, 26],
-    ids -> click probabilities float32 [B]."""
+    ids -> click probabilities float32 [B].
 
-    def __init__(self, model: DLRM):
+    A row with an id beyond its table has no score: it is an error (must_fit), or, where the form knows no errors, NaN.
+    """
+
+    def __init__(self, model: DLRM, must_fit: bool = True):
         super().__init__()
-        self.model = model
+        self.model, self._must_fit = model, must_fit
+        self.register_buffer("sizes", torch.tensor(model.config.categorical_feature_sizes, dtype=torch.int32), False)
 
     def forward(self, dense: torch.Tensor, sparse: torch.Tensor) -> torch.Tensor:
         """See the class."""
-        return torch.sigmoid(self.model(dense, sparse))
+        if self.model.config.hash_indices:
+            return torch.sigmoid(self.model(dense, sparse))
+        fits = ((sparse >= 0) & (sparse < self.sizes)).all(1)
+        if self._must_fit:
+            torch._assert_async(fits.all(), "an id is not from 0 to below its table's size")
+        found = torch.sigmoid(self.model(dense, torch.where(fits.unsqueeze(1), sparse, 0)))
+        return torch.where(fits, found, torch.nan)
 
 
 def export(model: DLRM, path: Path, example: tuple[torch.Tensor, torch.Tensor]) -> None:
     """Write the model with any batch size: by torch.export (.pt2), or as ONNX (.onnx), by the file's name.
 
-    example: dense and sparse of a few rows. Raises ConfigError for another name, and where ONNX's exporter is missing.
+    example: dense and sparse of a few rows. The file gets its name when it is whole. Raises ConfigError for another
+    name, where something is there that is no file, and where ONNX's exporter is missing.
     """
-    scorer = Scorer(model).eval()
+    if path.suffix not in WRITERS or path.is_dir():
+        raise ConfigError(f"--output {path}: expected a name that ends in .pt2 (torch.export) or .onnx, of a file")
     batch = torch.export.Dim("batch", min=1)
-    shapes = ({0: batch}, {0: batch})
     path.parent.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad():
-        if path.suffix == ".pt2":
-            torch.export.save(torch.export.export(scorer, example, dynamic_shapes=shapes), path)
-        elif path.suffix == ".onnx":
-            try:
-                import onnxscript  # noqa: F401 - torch's exporter needs it
-            except ImportError as error:
-                raise ConfigError("--output *.onnx: the exporter is missing: pip install onnx onnxscript") from error
-            names = ["dense", "sparse"]
-            torch.onnx.export(
-                scorer, example, path, input_names=names, output_names=["probability"], dynamic_shapes=shapes,
-                dynamo=True, verbose=False,
-            )  # fmt: skip
-        else:
-            raise ConfigError(f"--output {path}: expected a name that ends in .pt2 (torch.export) or .onnx")
+    with tempfile.TemporaryDirectory(prefix=f"{path.name}.part", dir=path.parent) as folder, torch.no_grad():
+        WRITERS[path.suffix](model, Path(folder) / path.name, example, ({0: batch}, {0: batch}))
+        for part in sorted(Path(folder).iterdir()):  # ONNX keeps large weights in a file beside it
+            atomic.to_disk(part)
+            part.replace(path.parent / part.name)
+        atomic.to_disk(path.parent)
+
+
+def _write_pt2(model: DLRM, path: Path, example: tuple[torch.Tensor, torch.Tensor], shapes: tuple) -> None:
+    torch.export.save(torch.export.export(Scorer(model).eval(), example, dynamic_shapes=shapes), path)
+
+
+def _write_onnx(model: DLRM, path: Path, example: tuple[torch.Tensor, torch.Tensor], shapes: tuple) -> None:
+    try:
+        import onnxscript  # noqa: F401 - torch's exporter needs it
+    except ImportError as error:
+        raise ConfigError("--output *.onnx: the exporter is missing: pip install onnx onnxscript") from error
+    torch.onnx.export(
+        Scorer(model, must_fit=False).eval(), example, path, input_names=["dense", "sparse"],
+        output_names=["probability"], dynamic_shapes=shapes, dynamo=True, verbose=False,
+    )  # fmt: skip
+
+
+WRITERS = {".pt2": _write_pt2, ".onnx": _write_onnx}

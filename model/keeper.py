@@ -1,16 +1,19 @@
 """When to write checkpoints, which to keep, and what to do when the run is asked to stop."""
 
+import math
 import signal
+import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from model import checkpoint
+from model import atomic, checkpoint
 from model.metrics import Metrics
-
-BEST = "best"
+from model.runs import BEST
+from model.state import CheckpointError, read_state
 
 
 @dataclass(frozen=True)
@@ -29,16 +32,23 @@ class KeepOptions:
 
 
 class Keeper:
-    """Writes a trainer's checkpoints; latest: the last one complete. state: what they hold beside the trainer's own;
-    ranks: all that write them together."""
+    """Writes a trainer's checkpoints; latest: the last one complete. state: what they hold beside the trainer's own,
+    the best AUC in it. source: the checkpoint that the run goes on from. claim: makes the folder to write into the
+    run's own, before the first checkpoint, and returns it (runs.Claim); None: options.folder is. ranks: all that write
+    them together. Deletes only checkpoints of its own run that are older than what it has just written."""
 
-    def __init__(self, options: KeepOptions, trainer, state: dict, best_auc: float = 0.0, ranks=None):
+    def __init__(
+        self, options: KeepOptions, trainer, state: dict, source: Path | None = None,
+        claim: Callable[[], Path] | None = None, ranks=None,
+    ):  # fmt: skip
         self._options, self._trainer, self._state, self._ranks = options, trainer, state, ranks
+        self._source, self._claim = source, claim
         self._writer, self._writing = ThreadPoolExecutor(1, "checkpoint"), None
         self._named: str | None = None
         self._mark = time.monotonic()
-        self.best_auc, self.latest = best_auc, None
+        self.best_auc, self.latest = state.get("best_auc", 0.0), None
         self._noted: signal.Signals | None = None
+        self._told = False
 
     @property
     def signal(self) -> signal.Signals | None:
@@ -47,6 +57,8 @@ class Keeper:
 
     def _save(self, name: str) -> None:
         self.wait()
+        if self._claim:
+            self._options, self._claim = replace(self._options, folder=self._claim()), None
         path, behind, state = self._options.folder / name, self._options.behind, {"best_auc": self.best_auc}
         what = checkpoint.content(self._trainer, {**self._state, **state}, self._ranks, behind)
         self._mark = time.monotonic()
@@ -59,9 +71,21 @@ class Keeper:
         checkpoint.write(path, what, self._ranks)
         if path.name != BEST:
             self.latest = path
-            old = checkpoint.steps_in(self._options.folder)[: -self._options.last]
-            for _, old_path in old if self._ranks is None or self._ranks.rank == 0 else ():
-                checkpoint.remove(old_path)
+            if self._ranks is None or self._ranks.rank == 0:
+                self._drop_older(path, what.state.steps)
+
+    def _drop_older(self, written: Path, steps: int) -> None:
+        """Delete this run's checkpoints that are older than what is kept, and not what the run goes on from."""
+        older = [path for number, path in checkpoint.steps_in(written.parent) if number < steps]
+        for path in older[: max(0, len(older) - (self._options.last - 1))]:
+            if (self._source is None or not path.samefile(self._source)) and self._is_mine(path):
+                atomic.remove(path)
+
+    def _is_mine(self, path: Path) -> bool:
+        try:
+            return read_state(path).run.get("run") == self._state.get("run")
+        except CheckpointError:
+            return False
 
     def wait(self) -> None:
         """Until what is being written is there. Raises OSError where it could not be written."""
@@ -92,6 +116,12 @@ class Keeper:
 
     def tested(self, found: Metrics) -> None:
         """Take note of a validation result; the best one's checkpoint is kept, if asked for."""
+        if math.isnan(found.auc) and self._options.best and not self._told:
+            print(
+                "warning: the validation split has rows of one class only, so its AUC is undefined: --save_best has "
+                "nothing to go by", file=sys.stderr,
+            )  # fmt: skip
+            self._told = True
         if found.auc > self.best_auc:
             self.best_auc = found.auc
             if self._options.best:

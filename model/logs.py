@@ -1,6 +1,7 @@
 """What a training run leaves to read: JSON lines, TensorBoard events, MLPerf's log, a plot."""
 
 import json
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -9,26 +10,44 @@ from model.metrics import Metrics
 from model.mlperf_log import MLPerfLog
 
 LINES, CURVES = "metrics.jsonl", "curves.png"
+EVENTS = ("train", "val", "test")
+
+
+def jsonable(value):
+    """The same value with null for each number that JSON does not have: NaN and the infinities."""
+    if isinstance(value, dict):
+        return {key: jsonable(of) for key, of in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(of) for of in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class RunLog:
     """Takes what happens. folder: gets metrics.jsonl (appended, so a resumed run goes on in it), TensorBoard's events
-    and, with end(), curves.png; None: nothing is written there. mlperf: the log that MLPerf's checker reads."""
+    and, with close(), curves.png; None: nothing is written there. A folder with the lines of another run than `run`
+    keeps them to itself: run_ID within it is taken. mlperf: the log that MLPerf's checker reads. folder: as it is
+    then."""
 
-    def __init__(self, folder: Path | None = None, mlperf: MLPerfLog | None = None):
-        self._folder, self._mlperf = folder, mlperf
+    def __init__(self, folder: Path | None = None, mlperf: MLPerfLog | None = None, run: str = ""):
+        self._mlperf, self._run = mlperf, run
         self._lines = self._board = None
         if folder is not None:
             from torch.utils.tensorboard import SummaryWriter  # half a second that other runs need not wait for
 
+            if any(event.get("run") != run for event in read_lines(folder / LINES)):
+                folder = folder / f"run_{run}"
             folder.mkdir(parents=True, exist_ok=True)
+            torn = (folder / LINES).exists() and (folder / LINES).read_bytes()[-1:] not in (b"", b"\n")
             self._lines = open(folder / LINES, "a", buffering=1)  # noqa: SIM115 - closed in close()
+            self._lines.write("\n" * torn)
             self._board = SummaryWriter(folder)
+            self._board.add_text("run", run)
+        self.folder = folder
 
     def _write(self, event: str, step: int, **values) -> None:
         if self._lines:
-            line = {"event": event, "step": step, "time": round(time.time(), 3), **values}
-            self._lines.write(json.dumps(line) + "\n")
+            line = {"event": event, "step": step, "time": round(time.time(), 3), "run": self._run, **values}
+            self._lines.write(json.dumps(jsonable(line), allow_nan=False) + "\n")
             for name, value in values.items():
                 self._board.add_scalar(f"{event}/{name}", value, step)
 
@@ -50,7 +69,7 @@ class RunLog:
         """A test's result."""
         self._write(split, step, **asdict(found))
         if self._mlperf and split == "val":
-            self._mlperf.event("eval_accuracy", found.auc, epoch_num=epochs)
+            self._mlperf.event("eval_accuracy", jsonable(found.auc), epoch_num=epochs)
             self._mlperf.event("eval_stop", epoch_num=epochs)
 
     def close(self) -> None:
@@ -58,7 +77,7 @@ class RunLog:
         if self._lines:
             self._lines.close()
             self._board.close()
-            draw_curves(self._folder)
+            draw_curves(self.folder, self._run)
 
 
 def summary(result: dict, found: Metrics) -> str:
@@ -79,19 +98,35 @@ def summary(result: dict, found: Metrics) -> str:
     return "\n".join(lines)
 
 
-def draw_curves(folder: Path) -> None:
-    """Draw the folder's metrics.jsonl as curves.png: loss and learning rate, AUC, over steps. Of a step that was run
-    twice, before and after a resume, the last line counts."""
+def read_lines(path: Path) -> list[dict]:
+    """The events of a metrics.jsonl, in order; none where there is no such file. Lines that are no events, such as one
+    that was torn by a kill, are left out."""
+    found = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            event = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(event, dict) and event.get("event") in EVENTS and isinstance(event.get("step"), int):
+            found.append(event)
+    return found
+
+
+def draw_curves(folder: Path, run: str) -> None:
+    """Draw a run's lines of the folder's metrics.jsonl as curves.png: loss and learning rate, AUC, over steps. Of a
+    step that was run twice, before and after a resume, the last line counts. The picture holds the run's id."""
     from matplotlib.figure import Figure
 
-    events: dict[str, dict[int, dict]] = {"train": {}, "val": {}, "test": {}}
-    for line in (folder / LINES).read_text().splitlines():
-        event = json.loads(line)
+    events: dict[str, dict[int, dict]] = {kind: {} for kind in EVENTS}
+    for event in read_lines(folder / LINES):
+        if event.get("run") != run:
+            continue
         events[event["event"]][event["step"]] = event
 
     def curve(kind: str, key: str) -> tuple[list[int], list[float]]:
-        steps = sorted(events[kind])
-        return steps, [events[kind][step][key] for step in steps]
+        of = events[kind]
+        steps = [step for step in sorted(of) if isinstance(of[step].get(key), int | float)]
+        return steps, [of[step][key] for step in steps]
 
     figure = Figure(figsize=(10, 8), dpi=100, layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True)
@@ -109,4 +144,6 @@ def draw_curves(folder: Path) -> None:
     bottom.legend()
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
-    figure.savefig(folder / CURVES)
+    part = folder / f"{CURVES}.part"
+    figure.savefig(part, format="png", metadata={"run": run})
+    part.replace(folder / CURVES)

@@ -1,22 +1,28 @@
-"""The log of MLPerf training (leaf): lines of `:::MLLOG {json}`, as mlperf_logging's mllog writes them."""
+"""The log of MLPerf training: lines of `:::MLLOG {json}`, as mlperf_logging's mllog writes them."""
 
 import inspect
 import json
 import time
 from pathlib import Path
 
+from model.config import ConfigError
+
 BENCHMARK, DIVISION = "dlrm", "closed"
 MARKER = ":::MLLOG"
 
 
 class MLPerfLog:
-    """Writes a file that mlperf_logging's compliance checker (training, 0.7.0) reads. Replaces an older file.
+    """Writes a file that mlperf_logging's compliance checker (training, 0.7.0) reads. Replaces an older log.
 
-    Raises OSError where the file cannot be written.
+    Raises OSError where the file cannot be written, ConfigError where it is there and is no such log.
     """
 
     def __init__(self, path: Path, organisation: str = "none", platform: str = "none"):
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file() and path.stat().st_size:
+            with open(path, "rb") as file:
+                if file.read(len(MARKER)) != MARKER.encode():
+                    raise ConfigError(f"--mlperf_log {path}: is there, and is no MLPerf log; name another file")
         self._file = open(path, "w", buffering=1)  # noqa: SIM115 - closed in stop()
         self._write("INTERVAL_START", "init_start", None)
         self.event("submission_benchmark", BENCHMARK)

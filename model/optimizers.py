@@ -49,19 +49,77 @@ class Optimizer:
         """torch's optimiser of that name; row-wise Adagrad becomes Adagrad, as MLPs have no rows.
 
         fused: as one kernel, which can skip a step and takes its learning rate from a GPU without waiting. Adam and
-        Adagrad always are: on a CPU that takes half the time of torch's loops, while SGD takes longer.
+        Adagrad always are: on a CPU that takes half the time of torch's loops, while SGD takes longer. Where torch has
+        no such kernel of Adagrad for a GPU, it is DeviceAdagrad.
         """
         if self.name == "sgd":
             return torch.optim.SGD(parameters, lr=0.0, fused=fused)
         if self.name == "adam":
             return torch.optim.Adam(parameters, lr=0.0, betas=self.betas, eps=self.epsilon, fused=True)
-        return torch.optim.Adagrad(parameters, lr=0.0, eps=self.epsilon, fused=True)
+        if all(has_fused_adagrad(device) for device in {parameter.device for parameter in parameters}):
+            return torch.optim.Adagrad(parameters, lr=0.0, eps=self.epsilon, fused=True)
+        return DeviceAdagrad(parameters, lr=0.0, eps=self.epsilon, foreach=True)
+
+
+def takes_lr_tensor(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimiser of MLPs on a GPU reads a learning rate there; others would wait for it, once a parameter."""
+    return isinstance(optimizer, DeviceAdagrad) or bool(optimizer.defaults.get("fused"))
+
+
+def has_fused_adagrad(device: torch.device) -> bool:
+    """Whether torch's Adagrad takes a step as one kernel there, with its learning rate on the device: tried, since it
+    is the first step that says no (torch 2.11 on a GPU)."""
+    one = nn.Parameter(torch.zeros(1, device=device))
+    one.grad = torch.zeros_like(one)
+    optimizer = torch.optim.Adagrad([one], lr=0.0, fused=True)
+    if device.type != "cuda":
+        return True
+    optimizer.param_groups[0]["lr"] = torch.zeros((), device=device)
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")  # a version that waits for the learning rate has no use
+    try:
+        optimizer.step()
+    except RuntimeError:
+        return False
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return True
+
+
+class DeviceAdagrad(torch.optim.Adagrad):
+    """Adagrad by torch's foreach kernels, with the learning rate, and `found_inf` (where it is set: above 0, nothing
+    changes), read from scalars on the device. The state is torch's; its count of steps, of no use here, stays 0."""
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One step."""
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            gradients = [parameter.grad for parameter in parameters]
+            sums = [self.state[parameter]["sum"] for parameter in parameters]
+            if getattr(self, "found_inf", None) is not None:
+                skip = self.found_inf > 0
+                gradients = [gradient.masked_fill(skip, 0.0) for gradient in gradients]
+            torch._foreach_addcmul_(sums, gradients, gradients)
+            roots = torch._foreach_sqrt(sums)
+            torch._foreach_add_(roots, group["eps"])
+            changes = torch._foreach_div(gradients, roots)
+            torch._foreach_mul_(changes, group["lr"])
+            torch._foreach_sub_(parameters, changes)
 
 
 def _summed(index: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Distinct rows int64 [U] of index [N], and the sums [U, D] of their gradients [N, D]."""
     rows, place = index.unique(return_inverse=True)
-    return rows, grad.new_zeros(len(rows), grad.shape[1]).index_add_(0, place, grad)
+    return rows, add_rows_(grad.new_zeros(len(rows), grad.shape[1]), place, grad)
+
+
+def add_rows_(rows: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """rows [R, D] += values [N, D] at index int64 [N], in an order that depends on the index alone, so that equal input
+    gives equal bits. On a GPU index_add_ adds in the order of arrival; index_put_ sorts."""
+    if rows.is_cuda:
+        return rows.index_put_((index,), values, accumulate=True)
+    return rows.index_add_(0, index, values)
 
 
 def stochastically_rounded(values: torch.Tensor, dtype: torch.dtype, seed: int | torch.Tensor) -> torch.Tensor:
@@ -91,7 +149,7 @@ def _sgd(_: Optimizer, stochastic: bool):
             rows, total = _summed(index, grad)
             _change(weight, rows, total * -lr, step if stochastic else None)
         else:
-            weight.index_add_(0, index, grad * -lr)
+            add_rows_(weight, index, grad * -lr)
 
     return rule
 

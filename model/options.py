@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from model.checkpoint import steps_in
+from model.checkpoint import latest
 from model.config import ConfigError
 from model.embedding import Storage
 from model.engine import LoopOptions
@@ -26,12 +26,13 @@ def check(args: argparse.Namespace) -> None:
     if args.test_only:
         args.mode = "test"
     if args.ckpt == Path("auto"):
-        found = steps_in(args.output_dir)
-        args.ckpt = found[-1][1] if found else None
+        args.ckpt = latest(args.output_dir)
     if args.mode != "train" and not args.ckpt:
         raise ConfigError(f"--mode {args.mode}: expected --ckpt DIR, the checkpoint to use")
     if args.mode in ("predict", "export") and not args.output:
         raise ConfigError(f"--mode {args.mode}: expected --output FILE")
+    if args.input and args.output and args.output.exists() and args.input.exists() and args.output.samefile(args.input):
+        raise ConfigError(f"--output {args.output}: is the --input, which would be replaced; name another file")
     for name in ("lr", "embedding_lr", "eps", "loss_scale"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise ConfigError(f"--{name}: expected a number above 0, got {getattr(args, name)}")

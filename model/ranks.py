@@ -52,6 +52,15 @@ class Ranks:
         dist.all_gather_object(found, value, group=self.control)
         return found
 
+    def check_same(self, values: dict[str, object], what: str, remedy: str) -> None:
+        """Raise ConfigError, on every rank that has others than rank 0, where the values (small, of plain types) by
+        name are not the same on all ranks. All ranks call it together."""
+        found = self.everyone(values)
+        keys = [key for key in sorted(found[0].keys() | values.keys()) if found[0].get(key) != values.get(key)]
+        if keys:
+            words = "; ".join(f"{key}: {values.get(key)} here, {found[0].get(key)} on rank 0" for key in keys)
+            raise ConfigError(f"{what}: {words}; {remedy}")
+
     def first(self, value):
         """Rank 0's value, on every rank."""
         return self.everyone(value if self.rank == 0 else None)[0]

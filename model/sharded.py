@@ -8,9 +8,9 @@ so the vectors need no mask, and no row is touched that the batch does not have 
 import torch
 from torch import nn
 
-from model.embedding import JointEmbedding, TorchEmbedding, initial_rows
+from model.embedding import JointEmbedding, Order, TorchEmbedding, initial_rows, on_gpu
 from model.exchange import Exchange, RoutedIds, Step
-from model.optimizers import Optimizer
+from model.optimizers import Optimizer, add_rows_
 from model.ranks import Ranks
 from model.sharding import Piece, Plan
 
@@ -27,12 +27,26 @@ class ReplicatedTables(JointEmbedding):
         self._sum = torch.zeros(rows * (dim + self._counts))
         self._reduce = reduce
         self.register_buffer("every_row", torch.arange(rows), persistent=False)
+        self.register_buffer("_minus_one", torch.full((), -1.0), persistent=False)
+        self.register_buffer("_one", torch.ones(()), persistent=False)
 
-    def update(self, index: torch.Tensor, grad: torch.Tensor, skip: torch.Tensor | None = None) -> None:
+    def update(
+        self, index: torch.Tensor, grad: torch.Tensor, *, skip: torch.Tensor | None = None,
+        order: Order | None = None, checked: bool = False,
+    ) -> None:  # fmt: skip
         """Sum up this rank's gradients [n, D] of rows index int64 [n], and start the sum over all ranks."""
         rows, dim = self.weight.shape
-        self._sum[: rows * dim].view(rows, dim).index_add_(0, index, grad.float())
-        if self._counts:
+        sums = self._sum[: rows * dim].view(rows, dim)
+        if on_gpu(grad) and self.has_kernels:
+            from model.kernels import update
+
+            # SGD of rate -1: a small table has thousands of look-ups a row, and sums in the order of arrival have other
+            # bits each time.
+            scalars = self._minus_one, self._one, self._step_scalar
+            update.update(sums, {}, index, grad, "sgd", 0.0, (0.0, 0.0), *scalars, order=order)
+        else:
+            add_rows_(sums, index, grad.float())
+        if self._counts:  # sums of ones are exact in any order
             self._sum[rows * dim :].index_add_(0, index, grad.new_ones(len(index), dtype=torch.float32))
         self._reduce(self._sum, self.finish)
 
@@ -40,7 +54,11 @@ class ReplicatedTables(JointEmbedding):
         """Take the step with the sum over all ranks."""
         rows, dim = self.weight.shape
         gradient, index = self._sum[: rows * dim].view(rows, dim), self.every_row
-        if self._counts:
+        if self._counts and on_gpu(gradient) and self.has_kernels:
+            # How many rows were looked up, only the device knows: the others add their zeros to one that was.
+            counts = self._sum[rows * dim :]
+            index = torch.where(counts > 0, index, counts.argmax())
+        elif self._counts:
             index = self._sum[rows * dim :].nonzero().squeeze(1)
             gradient = gradient[index]
         super().update(index, gradient)
@@ -87,6 +105,15 @@ class ShardedEmbedding(nn.Module):
         self._draw()
         self._step, self._loss_scale = 0, 1.0
         self._begun: tuple[object, RoutedIds, torch.Tensor, Step] | None = None
+
+    @property
+    def whole(self) -> JointEmbedding | TorchEmbedding | None:
+        """All tables, where this rank holds them, each whole; they take what local_ids() gives."""
+        return self.shards[0] if self._direct else None
+
+    def local_ids(self, sparse: torch.Tensor | RoutedIds) -> torch.Tensor:
+        """ids int32 [b, T] of the own rows, hashed where that is wanted."""
+        return (sparse if isinstance(sparse, RoutedIds) else self.route(sparse)).local
 
     def _held(self) -> list[JointEmbedding | TorchEmbedding]:
         return [*self.shards, *([self.replicas] if self.replicas is not None else [])]
@@ -146,10 +173,10 @@ class ShardedEmbedding(nn.Module):
         for tables in self._held():
             tables.loss_scale = value
 
-    def hold(self) -> None:
+    def hold(self, flag: torch.Tensor | None = None) -> None:
         """This and the next two: see embedding.py."""
         for tables in self._held():
-            tables.hold()
+            tables.hold(flag)
 
     def held(self) -> list[torch.Tensor]:
         """Gradients of this rank's pieces, and those of all ranks of the replicated tables."""
@@ -190,7 +217,7 @@ class ShardedEmbedding(nn.Module):
     def forward(self, sparse: torch.Tensor | RoutedIds) -> torch.Tensor:
         """ids int32 [b, T], or what route() made of them -> vectors float32 [b, T, D]."""
         if self._direct:
-            return self.shards[0](sparse.local if isinstance(sparse, RoutedIds) else self.route(sparse).local)
+            return self.whole(self.local_ids(sparse))
         if self._begun is None or self._begun[0] is not sparse:
             self.begin(sparse)
         _, routed, token, step = self._begun

@@ -24,6 +24,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from common import typed
+from model import atomic
 from model.config import ConfigError, ModelConfig
 
 VERSION = 1
@@ -107,7 +109,7 @@ class Plan:
         lines = [json.dumps(table) for table in values.pop("tables")]
         head = json.dumps(values)[:-1]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(head + ', "tables": [\n  ' + ",\n  ".join(lines) + "\n]}\n")
+        atomic.write_text(path, head + ', "tables": [\n  ' + ",\n  ".join(lines) + "\n]}\n")
 
     def check(self, config: ModelConfig, world: int, optimizer: str, where: str) -> None:
         """Raise PlanError, naming `where`, unless it covers every table of this model once, on these ranks."""
@@ -152,32 +154,54 @@ def whole(world: int, config: ModelConfig, ranks: Sequence[int]) -> Plan:
     return Plan(world, sizes, dim, (), tuple(sorted(pieces)))
 
 
+@dataclass(frozen=True)
+class PieceEntry:
+    """A piece in a plan's file."""
+
+    __pydantic_config__ = typed.STRICT
+
+    rank: int
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class TableEntry:
+    """A table in a plan's file: replicated, or in pieces."""
+
+    __pydantic_config__ = typed.STRICT
+
+    table: int
+    rows: int
+    replicated: bool = False
+    pieces: tuple[PieceEntry, ...] = ()
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """A plan's file, as it is written."""
+
+    __pydantic_config__ = typed.STRICT
+
+    version: int
+    world: int
+    dim: int
+    tables: tuple[TableEntry, ...]
+
+    def __post_init__(self):
+        numbers = [table.table for table in self.tables]
+        if numbers != list(range(len(numbers))):
+            raise PlanError(f"tables: expected the tables 0 to {len(numbers) - 1} in order, got {numbers}")
+
+
 def read_plan(path: Path) -> Plan:
     """A saved plan. Raises PlanError where the file is no plan (whether it fits a model is for Plan.check)."""
-    try:
-        values = json.loads(Path(path).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PlanError(f"--plan {path}: expected JSON: {error}") from error
-    try:
-        if values["version"] != VERSION:
-            raise PlanError(f"--plan {path}: expected version {VERSION}, got {values['version']}")
-        tables = values["tables"]
-        numbers = [table["table"] for table in tables]
-        if numbers != list(range(len(tables))):
-            raise PlanError(f"--plan {path}: expected the tables 0 to {len(tables) - 1} in order, got {numbers}")
-        pieces = (
-            Piece(piece["rank"], table["table"], *piece["rows"], *piece["columns"])
-            for table in tables for piece in table.get("pieces", ())
-        )  # fmt: skip
-        replicated = tuple(table["table"] for table in tables if table.get("replicated"))
-        sizes = tuple(table["rows"] for table in tables)
-        return Plan(values["world"], sizes, values["dim"], replicated, tuple(sorted(pieces)))
-    except (KeyError, TypeError) as error:
-        raise PlanError(
-            f'--plan {path}: expected {{"version", "world", "dim", "tables": [{{"table", "rows", "replicated": true or '
-            f'"pieces": [{{"rank", "rows": [begin, end], "columns": [left, right]}}]}}]}}; '
-            f"{type(error).__name__} {error}"
-        ) from error
+    found = typed.read_json(PlanFile, Path(path).read_bytes(), f"--plan {path}", PlanError, VERSION)
+    pieces = (
+        Piece(piece.rank, table.table, *piece.rows, *piece.columns) for table in found.tables for piece in table.pieces
+    )
+    replicated = tuple(table.table for table in found.tables if table.replicated)
+    return Plan(found.world, tuple(table.rows for table in found.tables), found.dim, replicated, tuple(sorted(pieces)))
 
 
 if __name__ == "__main__":

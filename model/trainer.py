@@ -17,7 +17,7 @@ from model.dlrm import DLRM
 from model.graph import Graph
 from model.loss_scale import LossScale
 from model.metrics import Metrics, measure
-from model.optimizers import Optimizer
+from model.optimizers import DeviceAdagrad, Optimizer, takes_lr_tensor
 from model.schedule import Schedule
 
 MLP_UPDATE = "update of the MLPs"
@@ -61,7 +61,7 @@ class Trainer:
                 raise ConfigError(f"--fp16: {type(model.embedding).__name__} cannot hold back a step; expected --amp")
             self.optimizer.found_inf = self.loss_scale.found
             model.embedding.loss_scale = self.loss_scale.scale
-            model.embedding.hold()
+            model.embedding.hold(self.loss_scale.found)
         self.clock = Clock(self.device)
         self.steps = 0
         self._cpu = None
@@ -69,6 +69,12 @@ class Trainer:
             self._cpu = CpuStep(model, precision.autocast is not None and has_fast_bfloat16())
         self.run = self._run_eager if self._cpu is None else self._run_on_cpu
         self._score = self._score_eagerly if self._cpu is None else self._score_on_cpu
+
+    def remarks(self) -> list[str]:
+        """What a user may want to know of how this trainer does what was asked for."""
+        if isinstance(self.optimizer, DeviceAdagrad):
+            return [f"Adagrad of the MLPs by foreach kernels: torch {torch.__version__} has no fused one on this GPU"]
+        return []
 
     def optimizer_names(self) -> dict[str, str]:
         """Which optimisers train the MLPs and the tables."""
@@ -109,7 +115,7 @@ class Trainer:
             with self.clock.part("recorded step"):
                 return step(batch)
 
-        self.run, self.model.embedding.step = run, torch.zeros((), device=self.device)
+        self.run, self.model.embedding.step = run, torch.zeros((), dtype=torch.int64, device=self.device)
         if "capturable" in self.optimizer.param_groups[0]:
             self.optimizer.param_groups[0]["capturable"] = True
 
@@ -152,7 +158,7 @@ class Trainer:
         """What differs from step to step; scalars on the device where a recorded step reads them there."""
         lr, embedding, group = self.schedule.at(self.steps), self.model.embedding, self.optimizer.param_groups[0]
         self.lr.fill_(lr)
-        group["lr"] = self.lr if self.device.type == "cuda" else lr
+        group["lr"] = self.lr if self.device.type == "cuda" and takes_lr_tensor(self.optimizer) else lr
         embedding.lr.fill_(lr * self._table_lr)
         if isinstance(embedding.step, torch.Tensor):
             embedding.step.fill_(self.steps)
@@ -162,6 +168,8 @@ class Trainer:
     def _run_eager(self, batch) -> torch.Tensor:
         """The step's work: the specification of all faster ones."""
         scale = self.loss_scale.scale if self.loss_scale else 1.0
+        if self.loss_scale:
+            self.loss_scale.begin()
         with self.clock.part("forward"):
             loss = self.loss(batch)
         with self.clock.part("backward, tables"):

@@ -1,8 +1,11 @@
 """Ranks killed, starved and misled for real: the job ends everywhere, soon, with the words of the one that failed, and
 goes on from its last checkpoint to the same weights."""
 
+import functools
+import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -144,6 +147,78 @@ def test_a_rank_has_less_data(folder, day_files, tmp_path):
     assert "train: 301 here, 801 on rank 0" in ends[1].err
 
 
+def add_flags(more, rank, words):
+    return [*words, *more] if rank == 1 else words
+
+
+def with_flags(*more):
+    """Rank 1 gets flags of its own."""
+    return functools.partial(add_flags, more)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--lr", "0.02"], ["--seed", "1"], ["--noshuffle_batch_order"], ["--epochs", "2"], ["--test_freq", "5"],
+        ["--save_freq", "3"], ["--batch_size", "31"], ["--optimizer", "sgd"], ["--wire_dtype", "bf16"],
+        ["--cache_eval_data"], ["--save_behind"], ["--auc_threshold", "0.9"], ["--mode", "test", "--ckpt", "x"],
+    ],
+    ids=lambda more: more[0],
+)  # fmt: skip
+def test_a_rank_has_another_flag(folder, tmp_path, more):
+    """Before the first step, and before anything is written: else other weights, or a hang with beats going on."""
+    ends = run_main(2, flags(folder, tmp_path), tmp_path, with_flags(*more))
+    ends_soon(ends, 1, "rank 1: error: not the flags of rank 0: ")
+    assert f"{more[0].replace('--no', '--')}: " in ends[1].err and " on rank 0" in ends[1].err
+    assert not list(tmp_path.glob("step_*"))
+
+
+def test_ranks_may_have_other_paths_and_loaders(folder, tmp_path):
+    more = with_flags("--loader", "dali", "--prefetch", "3", "--log_dir", str(tmp_path / "nowhere"))
+    ends = run_main(2, flags(folder, tmp_path), tmp_path, more)
+    assert [end.status for end in ends] == [0, 0], ends
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_rank_has_other_bytes_under_the_same_manifest(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "set_of_rank_1")
+    (tmp_path / "set").symlink_to(folder)
+    path = tmp_path / "set_of_rank_1" / "terabyte_processed_train.bin"
+    data = bytearray(path.read_bytes())
+    data[160 * 400] ^= 1  # one label
+    path.write_bytes(data)
+    ends = run_main(2, flags(tmp_path / "set", tmp_path), tmp_path, other_set)
+    ends_soon(ends, 1, "not the data set that rank 0 sees: bytes of train: ")
+
+
+def test_a_rank_has_another_model(folder, tmp_path):
+    values = json.loads((ROOT / "model/configs/criteo_kaggle_tiny.json").read_text())
+    (tmp_path / "m.json").write_text(json.dumps(values | {"self_interaction": True}))
+    more = with_flags("--model_config", str(tmp_path / "m.json"))
+    ends = run_main(2, flags(folder, tmp_path), tmp_path, more)
+    ends_soon(ends, 1, "not the model that rank 0 has: self_interaction: True here, False on rank 0")
+
+
+def drift(rank, words):
+    """One weight of rank 1 changes by itself."""
+    if rank == 1:
+        real = RankTrainer.step
+
+        def step(self, batch):
+            if self.steps == 6:
+                with torch.no_grad():
+                    self.model.top[0].weight[0, 0] += 1e-3
+            return real(self, batch)
+
+        RankTrainer.step = step
+
+
+def test_a_rank_whose_weights_drift_away_is_noticed_at_the_next_save(folder, tmp_path):
+    ends = run_main(2, [*flags(folder, tmp_path), "--print_freq", "1000"], tmp_path, drift)
+    ends_soon(ends, 1, "rank 1: error: this rank does not train what rank 0 trains: digest of the weights: ")
+    assert [path.name for path in tmp_path.glob("step_*")] == ["step_4"]
+
+
 def torchrun(*lines):
     """Run torchrun with each line of words, side by side: (exit status, stdout, stderr) of each."""
     start, pipe = [sys.executable, "-m", "torch.distributed.run"], subprocess.PIPE
@@ -242,7 +317,7 @@ def test_sigterm_makes_all_ranks_save_and_end(folder, tmp_path):
     ends = run_main(2, flags(folder, tmp_path), tmp_path, ask_rank_1_to_stop)
     assert [end.status for end in ends] == [143, 143], ends
     found = checkpoint.find(tmp_path)
-    assert f"go on with --ckpt {found}" in ends[0].err and checkpoint.read_state(found)["steps"] in (8, 9)
+    assert f"go on with --ckpt {found}" in ends[0].err and checkpoint.read_state(found).steps in (8, 9)
 
 
 def ask_rank_1_to_stop(rank, words):

@@ -112,7 +112,7 @@ def test_the_checkpoint_knows_its_model_and_data_set(trained, day_files, tmp_pat
     predict = ["--mode", "predict", "--input", tmp_path / "other", "--output", tmp_path / "x.parquet"]
     for words in (["--mode", "test", "--dataset", tmp_path / "other"], predict):
         status, _, said = run(capsys, *words, "--ckpt", checkpoint)
-        assert status == 1 and "expected the data set that --ckpt was trained on" in said
+        assert status == 1 and f"{tmp_path / 'other'} is not like {folder}, which the model was trained on" in said
     assert not (tmp_path / "x.parquet").exists()
 
 

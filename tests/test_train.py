@@ -173,6 +173,22 @@ def test_flags_from_a_file(tmp_path):
     assert train.options.schedule(args, 20).decay_steps == 3
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b'--lr "0.1\n', "the line '--lr \"0.1': No closing quotation"),
+        (b"@FILE\n", "takes itself in"),
+        (b"--lr \xff\xfe\n", "is no text"),
+    ],
+)
+def test_files_of_flags_that_cannot_be_read(tmp_path, capsys, text, words):
+    path = tmp_path / "mine.flags"
+    path.write_bytes(text.replace(b"FILE", str(path).encode()))
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--dataset", "x", f"@{path}"])
+    assert stopped.value.code == 2 and words in capsys.readouterr().err
+
+
 def test_no_validation_split(day_files, tmp_path, capsys):
     encode_days(day_files, tmp_path, Settings(preset=choose_preset("count", last_day="test-all")))
     status, result, words = run(capsys, "--dataset", tmp_path, *QUICK)

@@ -8,7 +8,7 @@ import torch
 from gpu_etl.load.batch import Batch
 from gpu_etl.load.loader import BlockReader, Loader, Unpacking, unpacked
 from gpu_etl.load.order import Unit
-from gpu_etl.load.unpack import CHUNK_ROWS, Unpacker, empty_block
+from gpu_etl.load.unpack import CHUNK_ROWS, OutOfRangeError, Unpacker, empty_block
 
 SLOTS = 3  # one is read into, one moves, one waits for the thread
 
@@ -26,7 +26,7 @@ class CpuLoader(Loader):
 
     def _in_chunks(self, units: Iterator[Unit]) -> Iterator[tuple[Sequence[int], Batch]]:
         """On the CPU: few rows at a time are read and unpacked, so that they stay within the processor's cache."""
-        unpacker = Unpacker(self.source.floats, self.source.logged)
+        unpacker = Unpacker(self.source.floats, self.source.logged, self.source.ends)
         chunk = empty_block(CHUNK_ROWS).numpy()
         for unit in units:
             whole, done = self._memory.empty_batch(sum(unit.sizes)), 0
@@ -34,7 +34,11 @@ class CpuLoader(Loader):
                 for low in range(begin, end, CHUNK_ROWS):
                     rows = chunk[: min(CHUNK_ROWS, end - low)]
                     self.source.read_into(low, low + len(rows), rows)
-                    unpacker.into(whole, done, done + len(rows), rows)
+                    try:
+                        unpacker.into(whole, done, done + len(rows), rows)
+                    except OutOfRangeError as error:
+                        self.source.refuse(low + error.place, low + error.place + 1)
+                        raise self.source.changed() from error
                     done += len(rows)
             yield unit.sizes, whole
 
@@ -55,6 +59,6 @@ class CpuLoader(Loader):
                 slot.take()
                 block, picks = slot.fill(unit, reader)
                 with torch.cuda.stream(self._stream):
-                    whole = unpacked(block.to(self.device, non_blocking=True), picks, self.source)
+                    whole = unpacked(block.to(self.device, non_blocking=True), picks, self.source, self._bounds)
                     slot.give_back(self._stream.record_event())
                 yield unit.sizes, whole

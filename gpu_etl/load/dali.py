@@ -20,9 +20,18 @@ from gpu_etl.load.order import Unit
 THREADS = 2
 
 
+class _Feed:
+    """What a pipeline takes in; `blocks` of another epoch may follow where those of one have ended."""
+
+    blocks: Iterator[list]
+
+    def __call__(self) -> list:
+        return next(self.blocks)
+
+
 @pipeline_def
-def _pass_on(blocks: Iterator, to_gpu: bool):
-    block = fn.external_source(source=blocks, batch=True, no_copy=True, dtype=types.INT32, ndim=2)
+def _pass_on(feed: _Feed, to_gpu: bool):
+    block = fn.external_source(source=feed, batch=True, no_copy=True, dtype=types.INT32, ndim=2)
     return block.gpu() if to_gpu else block
 
 
@@ -31,17 +40,31 @@ class DaliLoader(Loader):
 
     name = "DALI"
 
+    def __init__(self, *arguments, **more):
+        super().__init__(*arguments, **more)
+        self._spare_pipelines: list[tuple] = []
+
     def __str__(self) -> str:
         return super().__str__() + ("" if self._stream else ", by DALI's CPU pipeline")
+
+    def _pipeline(self):
+        """A pipeline and its feed: those of the epoch before, where it came to its end, as building costs some ten
+        milliseconds."""
+        if self._spare_pipelines:
+            return self._spare_pipelines.pop()
+        feed = _Feed()
+        built = _pass_on(
+            feed, self._stream is not None, batch_size=1, num_threads=THREADS, device_id=self.device.index,
+            prefetch_queue_depth=self.ahead,
+        )  # fmt: skip
+        return built, feed
 
     def _made(self, epoch: int, start: int) -> Iterator[tuple[Sequence[int], Batch]]:
         # The pipeline holds self.ahead blocks; the one it gave out last may still be copied when the next is filled.
         with self._slots(self.ahead + 1) as slots:
             free, fed = deque(slots), deque()
-            pipeline = _pass_on(
-                self._filled(self.order.units(epoch, start), free, fed), self._stream is not None, batch_size=1,
-                num_threads=THREADS, device_id=self.device.index, prefetch_queue_depth=self.ahead,
-            )  # fmt: skip
+            pipeline, feed = self._pipeline()
+            feed.blocks = self._filled(self.order.units(epoch, start), free, fed)
             make, ended = self._on_gpu if self._stream else self._on_cpu(), False
             try:
                 while True:
@@ -56,6 +79,9 @@ class DaliLoader(Loader):
             finally:
                 if self._stream:  # slots outlive the copies out of them: where this ends early, all that are under way
                     (self._stream if ended else torch.cuda).synchronize()
+                if ended:  # else it holds blocks of an epoch that nobody wants any more
+                    pipeline.reset()
+                    self._spare_pipelines.append((pipeline, feed))
 
     def _filled(self, units: Iterator[Unit], free: deque[Slot], fed: deque) -> Iterator[list]:
         """What DALI takes in: a batch of one sample, the block of a unit. Notes in `fed` which slot holds it."""
@@ -70,7 +96,7 @@ class DaliLoader(Loader):
     def _on_gpu(self, unit: Unit, slot: Slot, picks: torch.Tensor | None, output):
         with torch.cuda.stream(self._stream):
             block = torch.from_dlpack(output[0])
-            whole = unpacked(block, picks, self.source)
+            whole = unpacked(block, picks, self.source, self._bounds)
             # The loader's stream has waited for DALI's copy: past this event, nobody reads the slot or the block.
             slot.give_back(self._stream.record_event(), block)
         yield unit.sizes, whole

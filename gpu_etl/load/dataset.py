@@ -35,6 +35,11 @@ class DataSet:
                 source.check(table_sizes, begin, end)
                 progress(end - begin)
 
+    def bound(self, table_sizes: Sequence[int] | None) -> None:
+        """From now on, loaders refuse ids that have no row in tables of these sizes (None: any id will do)."""
+        for source in self.splits.values():
+            source.bound(table_sizes)
+
     def drop_from_page_cache(self) -> None:
         """Let the operating system forget the splits' contents, so that they are read from the disk again."""
         for source in self.splits.values():
@@ -122,4 +127,6 @@ def open_dataset(folder: Path, form: str = "memmap") -> DataSet:
                     f"{source.path}: expected {description.rows[split]} rows by the manifest, found {source.rows}; "
                     "the file was changed or cut off: run `python -m gpu_etl verify`, or encode the days again"
                 )
-    return DataSet(folder, splits, description)
+    found = DataSet(folder, splits, description)
+    found.bound(sizes)
+    return found

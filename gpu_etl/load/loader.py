@@ -11,12 +11,13 @@ import torch
 
 from gpu_etl.errors import DataError
 from gpu_etl.load.batch import Batch
-from gpu_etl.load.order import UNIT_ROWS, Order, Unit
+from gpu_etl.load.order import GPU_UNIT_ROWS, UNIT_ROWS, Order, Unit
 from gpu_etl.load.sources import Source
-from gpu_etl.load.unpack import Memory, Unpacker, empty_block, unpack_block
+from gpu_etl.load.unpack import DeviceBounds, Memory, OutOfRangeError, Unpacker, empty_block, unpack_block
 from gpu_etl.prefetch import prefetch
 
 PREFETCH = 2  # units
+CHECK_ROWS = 1 << 18
 READ_ROWS = 1 << 13  # of a block, by one thread at a time
 READERS = max(1, min(4, (os.cpu_count() or 1) // 4))  # threads; one copies 5 to 10 GB/s out of the page cache
 
@@ -25,8 +26,8 @@ class Loader:
     """Batches of a split on `device`; the same ones, bit for bit, whichever kind of loader reads them.
 
     shuffle, seed, buffer, rank, world: the order (order.Order). ahead: units (batches, where these are of 32,768 rows
-    or more) made ahead in a thread. len() is the number of batches in an epoch, the short last one included; it is the
-    same on every rank.
+    or more; 131,072 on a GPU) made ahead in a thread. len() is the number of batches in an epoch, the short last one
+    included; it is the same on every rank.
     """
 
     name = ""
@@ -38,11 +39,13 @@ class Loader:
         self.source, self.device, self.ahead = source, torch.device(device), ahead
         if self.device == torch.device("cuda"):
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.order = Order(source.rows, batch_size, shuffle, seed, buffer, rank, world)
+        at_once = GPU_UNIT_ROWS if self.device.type == "cuda" else UNIT_ROWS
+        self.order = Order(source.rows, batch_size, shuffle, seed, buffer, rank, world, at_once)
         if self.order.window == 1:  # else a batch's rows come from all over its window, and no range tells them
             self.ranges = self.order.ranges
         self._memory, self._spare_slots = Memory(), deque()
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        self._bounds = DeviceBounds(source.ends, self.device) if self._stream else None
 
     def __len__(self) -> int:
         return len(self.order)
@@ -53,8 +56,8 @@ class Loader:
     def batches(self, epoch: int = 0, start: int = 0) -> Iterator[Batch]:
         """The batches from number `start` of `epoch` on: the position to resume at is just these two numbers.
 
-        Raises DataError where a file has become shorter or reading fails in another way, OSError where a file cannot be
-        read; the batches before that are good.
+        Raises DataError where a file has become shorter, a value cannot be (on a GPU only with the last batch, or by
+        check()) or reading fails in another way, OSError where a file cannot be read; the batches before are good.
         """
         for sizes, whole, ready in prefetch(self._guarded(epoch, start), self.ahead):
             if ready:
@@ -66,6 +69,19 @@ class Loader:
                 yield whole
             else:
                 yield from map(Batch, *(tensor.split(sizes) for tensor in whole))
+        self.check()
+
+    def check(self) -> None:
+        """Raise DataError, naming file, row and column, where a value in the batches made so far cannot be. Waits for a
+        GPU; on a CPU such values never become batches."""
+        if not self._bounds:
+            return
+        self._stream.synchronize()
+        if not self._bounds.wrong.item():
+            return
+        for begin in range(0, self.source.rows, CHECK_ROWS):
+            self.source.refuse(begin, min(begin + CHECK_ROWS, self.source.rows))
+        raise self.source.changed()
 
     def _guarded(self, epoch: int, start: int) -> Iterator[tuple[list[int], Batch, torch.cuda.Event | None]]:
         """Sizes of some batches, these as one, and the event after which they are there (None: at once)."""
@@ -104,7 +120,8 @@ class Unpacking:
     """Batches on the CPU out of packed rows there."""
 
     def __init__(self, source: Source, memory: Memory):
-        self._memory, self._unpacker = memory, Unpacker(source.floats, source.logged)
+        self._source, self._memory = source, memory
+        self._unpacker = Unpacker(source.floats, source.logged, source.ends)
 
     def batches(self, unit: Unit, block: np.ndarray, picks: np.ndarray | None) -> Iterator[tuple[list[int], Batch]]:
         """Sizes of some batches, and these as one, until all of the unit's are made."""
@@ -115,7 +132,12 @@ class Unpacking:
             if rows >= UNIT_ROWS or number == len(unit.sizes) - 1:
                 whole, some = self._memory.empty_batch(rows), slice(done, done + rows)
                 of = (block[some], None) if picks is None else (block, picks[some])
-                self._unpacker.into(whole, 0, rows, *of)
+                try:
+                    self._unpacker.into(whole, 0, rows, *of)
+                except OutOfRangeError as error:
+                    row = int(unit.rows()[done + error.place])
+                    self._source.refuse(row, row + 1)
+                    raise self._source.changed() from error
                 yield sizes, whole
                 done, rows, sizes = done + rows, 0, []
 
@@ -177,8 +199,8 @@ class Slot:
         return block, picks
 
 
-def unpacked(block: torch.Tensor, picks: torch.Tensor | None, source: Source) -> Batch:
+def unpacked(block: torch.Tensor, picks: torch.Tensor | None, source: Source, bounds: DeviceBounds | None) -> Batch:
     """Packed rows of a source, or those of them that are picked, as a batch on the block's device."""
     if picks is not None:
         picks = picks.to(block.device, non_blocking=True)
-    return unpack_block(block, picks, source.floats, source.logged)
+    return unpack_block(block, picks, source.floats, source.logged, bounds)

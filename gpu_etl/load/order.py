@@ -16,6 +16,7 @@ from gpu_etl.shuffle import mix64, row_keys
 ROUNDS = 6  # of the Feistel network: with 4, which rows become neighbours is not quite random in windows of 400 rows
 ABREAST = 512  # pairs that go through it side by side
 UNIT_ROWS = 1 << 15  # rows read at once where batches are small: each read costs a hand-over between threads
+GPU_UNIT_ROWS = 1 << 17  # the same for a GPU: some hundred microseconds of Python a unit, in which it takes more rows
 ROW_SHUFFLE = 1 << 40  # key numbers of windows, beyond those of epochs
 
 
@@ -102,7 +103,7 @@ class Order:
     A global batch is `batch_size` consecutive rows; with `shuffle`, full batches come in a new order each epoch. With a
     `buffer` (rows) of more than one batch, so many batches that follow one another in that order (rounded up) make a
     window, whose rows are permuted; the batches are then cut from it. The short last batch comes last, and is in the
-    last window. Each batch is cut into `world` shares (rank_range).
+    last window. Each batch is cut into `world` shares (rank_range). unit_rows: about how many are read at once.
     """
 
     rows: int
@@ -112,6 +113,7 @@ class Order:
     buffer: int = 0
     rank: int = 0
     world: int = 1
+    unit_rows: int = UNIT_ROWS
 
     def __len__(self) -> int:
         return -(-self.rows // self.batch_size)
@@ -132,7 +134,7 @@ class Order:
         costs nothing, so units are small even where a window is large.
         """
         ranges = batch_ranges(self.rows, self.batch_size, self.shuffle, self.seed, epoch)
-        few = max(1, UNIT_ROWS * self.world // self.batch_size)
+        few = max(1, self.unit_rows * self.world // self.batch_size)
         if self.window > 1:
             yield from self._windows(ranges, epoch, start, few if in_memory else self.window)
             return

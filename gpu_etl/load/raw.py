@@ -12,6 +12,7 @@ from gpu_etl.counting import CODING
 from gpu_etl.errors import DataError
 from gpu_etl.extract import Slab, TextSlab, open_sources, read_day
 from gpu_etl.load.batch import Batch, make_batch
+from gpu_etl.load.identity import check_vocabulary
 from gpu_etl.manifest import Manifest
 from gpu_etl.memory import Reused
 from gpu_etl.rows import INT32_MAX
@@ -31,7 +32,7 @@ class RawDay:
     "rare", the preset's id for rare values, which is the first value's where it has none (mlperf); "popular", the
     column's most frequent id; "error". unseen_values: how many there were so far, int64 [26].
 
-    Raises DataError where the data set has no id maps, and at the first bad row.
+    Raises DataError where the data set has no id maps or others than its manifest tells of, and at the first bad row.
     """
 
     def __init__(self, folder: Path, path: Path, unseen: str = "rare"):
@@ -39,8 +40,9 @@ class RawDay:
             raise DataError(f"--unseen: expected one of {', '.join(UNSEEN_RULES)}, got {unseen!r}")
         self._unseen, self.unseen_values, self.rows = unseen, np.zeros(SPARSE, np.int64), 0
         (self._source,) = open_sources([path])
-        self._preset = Manifest.read(folder).preset()
-        words = Vocabulary.load(folder)
+        manifest = Manifest.read(folder)
+        check_vocabulary(folder, manifest)
+        self._preset, words = manifest.preset(), Vocabulary.load(folder)
         self._lookup, self._popular = words.lookup(), words.popular()
         self.labelled = self._has_labels()
 

@@ -53,7 +53,7 @@ class ResidentLoader(Loader):
             rows = unit.rows()
             if self._stream:
                 with torch.cuda.stream(self._stream):
-                    whole = unpacked(self._rows, torch.from_numpy(rows).pin_memory(), self.source)
+                    whole = unpacked(self._rows, torch.from_numpy(rows).pin_memory(), self.source, self._bounds)
                 yield unit.sizes, whole
             else:
                 yield from unpacking.batches(unit, self._rows.numpy(), rows)

@@ -1,5 +1,6 @@
 """Scores of rows as a Parquet file."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gpu_etl.errors import DataError
+
+
+def _holds_scores(path: Path) -> bool:
+    try:
+        return pq.read_schema(path).names in (["score"], ["score", "label"])
+    except (pa.ArrowInvalid, OSError):
+        return False
 
 
 class ScoreWriter:
@@ -17,8 +25,10 @@ class ScoreWriter:
     """
 
     def __init__(self, path: Path, labelled: bool):
-        if path.suffix != ".parquet":
-            raise DataError(f"--output {path}: expected a name that ends in .parquet")
+        if path.suffix != ".parquet" or path.is_dir():
+            raise DataError(f"--output {path}: expected a name that ends in .parquet, of a file")
+        if path.exists() and not _holds_scores(path):
+            raise DataError(f"--output {path}: is there, and holds no scores; it would be replaced: name another file")
         fields = [pa.field("score", pa.float32())] + [pa.field("label", pa.int8())] * labelled
         self._path, self._part, self._labelled = path, path.with_name(path.name + ".part"), labelled
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -35,6 +45,8 @@ class ScoreWriter:
     def __exit__(self, kind, *_) -> None:
         self._writer.close()
         if kind is None:
-            self._part.rename(self._path)
+            with open(self._part, "rb") as file:
+                os.fsync(file.fileno())
+            self._part.replace(self._path)
         else:
             self._part.unlink()

@@ -9,6 +9,7 @@ from gpu_etl import formats, manifest
 from gpu_etl.errors import DataError
 from gpu_etl.formats import ANY_SIZES, FORMS, ID_DTYPES, Part
 from gpu_etl.load.files import DataFile
+from gpu_etl.load.unpack import ANY_ID
 from gpu_etl.schema import (
     COLUMN_NAMES,
     COLUMNS,
@@ -22,17 +23,33 @@ from gpu_etl.schema import (
 Columns = tuple[np.ndarray, np.ndarray, np.ndarray]
 SAMPLE_ROWS = 1 << 12
 LARGEST_LOG = 23.0  # log(2^32) is 22.2
+ONE_AS_FLOAT = 0x3F800000  # the bits of 1.0
+FLOAT_BITS = 0x38000000, 0x42000000  # of 3e-5 and of 32: logarithms of integers lie between, integers hardly ever
 
 
 class Source:
     """A split: `rows` rows; `logged`: its numbers are logarithms; `floats`: of packed rows, label and numbers are the
-    bits of float32 (unpack.py); path: its file or folder; paths: all its files."""
+    bits of float32 (unpack.py); path: its file or folder; paths: all its files; ends: the largest id of each column
+    that loaders let pass, uint32 [26]."""
 
     path: Path
     paths: list[Path]
     rows: int
     logged = False
     floats = True
+    ends = ANY_ID
+
+    def bound(self, table_sizes: Sequence[int] | None) -> None:
+        """From now on, loaders refuse ids that have no row in tables of these sizes (None: any id will do)."""
+        self.ends = ANY_ID if table_sizes is None else np.asarray(table_sizes, np.int64).astype(np.uint32) - 1
+
+    def refuse(self, begin: int, end: int) -> None:
+        """check() by what loaders let pass."""
+        self.check((self.ends.astype(np.int64) + 1).tolist(), begin, end)
+
+    def changed(self) -> DataError:
+        """The error for a value that was wrong when it was read, and is right when it is looked at once more."""
+        return DataError(f"{self.path}: a value that cannot be was read, and is not there any more: the file changes")
 
     def read_into(self, begin: int, end: int, block: np.ndarray) -> None:
         """Fill block, int32 [end - begin, 40], C-contiguous, with packed rows begin to end. From any thread.
@@ -99,6 +116,25 @@ class RecordFile(Source):
         if not self.rows:
             raise DataError(f"{path}: the file is empty; expected {RECORD_BYTES}-byte records")
         self._file = DataFile(path)
+        self._check_integers()
+
+    def _check_integers(self) -> None:
+        """Raise DataError where the first rows are the bits of floats, as DeepLearningExamples writes them."""
+        rows = self.read(0, min(self.rows, SAMPLE_ROWS))
+        dense = rows[:, FIRST_DENSE:FIRST_SPARSE]
+        like_floats = (dense >= FLOAT_BITS[0]) & (dense < FLOAT_BITS[1])
+        wrong = rows == ONE_AS_FLOAT
+        wrong[:, FIRST_DENSE:] = False
+        if like_floats.sum() > (dense != 0).sum() / 2:
+            wrong[:, FIRST_DENSE:FIRST_SPARSE] = like_floats
+        if wrong.any():
+            row, column = np.argwhere(wrong)[0]
+            value = rows[row, column]
+            raise DataError(
+                f"{self.path}: row {row + 1}, column {COLUMN_NAMES[column]}: expected whole numbers, got {value}, the "
+                f"bits of the float {value.view(np.float32):g}; records with floats, as DeepLearningExamples writes "
+                "them, are not read: split them by its split_dataset.py (--dataset_type dle), or encode the days again"
+            )
 
     def read_into(self, begin: int, end: int, block: np.ndarray) -> None:
         """As Source.read_into."""

@@ -29,6 +29,12 @@ def rounded(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def not_finite(x):
+    """Where float32 x is infinite or no number."""
+    return (x.to(tl.uint32, bitcast=True) & 0x7F800000) == 0x7F800000
+
+
+@triton.jit
 def matrix_sum(chosen, x):
     """chosen bool [N, N] @ x [N, D] -> float32 [N, D], on the matrix units, no digit of x lost.
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from model.kernels import MOST_COLUMNS, MOST_TABLES, supported
-from model.kernels.arithmetic import dot, rounded
+from model.kernels.arithmetic import dot, not_finite, rounded
 from model.kernels.cost import Cost, Shape
 
 IDS = 1024  # ids a program
@@ -88,8 +88,8 @@ def _forward(
 
 @triton.jit
 def _backward(
-    grad, bottom, rows_in, weight, grad_bottom, grad_tables, TABLES: tl.constexpr, DIM: tl.constexpr,
-    SELF: tl.constexpr, PRECISION: tl.constexpr, VECTORS: tl.constexpr, CHUNK: tl.constexpr,
+    grad, bottom, rows_in, weight, grad_bottom, grad_tables, flag, TABLES: tl.constexpr, DIM: tl.constexpr,
+    SELF: tl.constexpr, PRECISION: tl.constexpr, VECTORS: tl.constexpr, CHUNK: tl.constexpr, CHECKS: tl.constexpr,
 ):  # fmt: skip
     PAIRS: tl.constexpr = TABLES * (TABLES + 1) // 2 + (TABLES + 1 if SELF else 0)
     WIDTH: tl.constexpr = DIM + PAIRS + 1
@@ -104,6 +104,7 @@ def _backward(
     both = tl.load(grad + sample * WIDTH + DIM + pair, mask=wanted, other=0.0)
     if SELF:
         both = rounded(tl.where(i == j, 2.0, 1.0) * both.to(tl.float32), both.dtype)
+    bad = tl.zeros((VECTORS, CHUNK), tl.int32)
     for begin in tl.static_range(0, DIM, CHUNK):
         column = begin + tl.arange(0, CHUNK)
         inside = column < DIM
@@ -115,6 +116,10 @@ def _backward(
         tl.store(grad_tables + at, found, mask=is_table[:, None] & inside[None, :])
         at = sample * DIM + i * DIM + column[None, :]  # only vector 0 is stored; addresses are aligned for all
         tl.store(grad_bottom + at, found, mask=(i == 0) & inside[None, :])
+        if CHECKS:
+            bad |= not_finite(found.to(tl.float32)).to(tl.int32)  # of padding too, where all is 0
+    if CHECKS:
+        tl.store(flag, 1.0, mask=tl.max(bad) > 0)  # all that store, store the same
 
 
 def _precision() -> str:
@@ -164,18 +169,20 @@ def forward(bottom: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, self
 
 
 def backward(
-    grad: torch.Tensor, bottom: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, self_interaction: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+    grad: torch.Tensor, bottom: torch.Tensor, rows: torch.Tensor, weight: torch.Tensor, self_interaction: bool,
+    flag: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """grad [B, W] of forward's output, and its input -> gradients of bottom [B, D] and of every look-up
-    [B * T, D], in the type of bottom. Bytes: see backward_cost."""
+    [B * T, D], in the type of bottom. flag: a float32 scalar on the device, set to 1 where one of these is infinite or
+    no number, else left as it is. Bytes: see backward_cost."""
     (batch, tables), dim = rows.shape, weight.shape[1]
     _check(bottom, tables, dim)
     grad_bottom, grad_tables = torch.empty_like(bottom), bottom.new_empty(batch * tables, dim)
     vectors, chunk, warps = launch(tables, dim, bottom.element_size())
     if batch:
         _backward[(batch,)](
-            grad.contiguous(), bottom, rows, weight, grad_bottom, grad_tables, tables, dim, self_interaction,
-            _precision(), vectors, chunk, num_warps=warps,
+            grad.contiguous(), bottom, rows, weight, grad_bottom, grad_tables, grad if flag is None else flag, tables,
+            dim, self_interaction, _precision(), vectors, chunk, flag is not None, num_warps=warps,
         )  # fmt: skip
     return grad_bottom, grad_tables
 

@@ -2,7 +2,7 @@
 
 A batch looks the popular rows up thousands of times, and the bus is a hundredth as fast as device memory: each distinct
 row crosses it once here, into a buffer on the device that look-ups then read. Shapes do not depend on the data: the
-buffer has room for a batch of distinct rows, and a row lies where the first of its sorted look-ups does.
+buffer has room for a batch of distinct rows, which lie one after another at its beginning.
 """
 
 import torch
@@ -15,15 +15,17 @@ ROWS, WARPS = 16, 8
 
 
 @triton.jit(do_not_specialize=["lookups"])  # a last, short batch compiles nothing
-def _fetch(weight, keys, staged, lookups, DIM: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """The row of every first look-up, copied to its place among the sorted look-ups."""
+def _fetch(weight, keys, slots, staged, lookups, DIM: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """The row of every first look-up, copied to its slot; keys and slots: of the sorted look-ups."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    key = tl.load(keys + place, mask=place < lookups, other=-1)
-    before = tl.load(keys + place - 1, mask=(place > 0) & (place < lookups), other=-1)
+    there = place < lookups
+    key = tl.load(keys + place, mask=there, other=-1)
+    before = tl.load(keys + place - 1, mask=(place > 0) & there, other=-1)
+    slot = tl.load(slots + place, mask=there, other=0).to(tl.int64)
     column = tl.arange(0, COLUMNS)[None, :]
     wanted = (key != before)[:, None] & (column < DIM)
     found = tl.load(weight + key.to(tl.int64)[:, None] * DIM + column, mask=wanted, other=0.0)
-    tl.store(staged + place[:, None] * DIM + column, found, mask=wanted)
+    tl.store(staged + slot[:, None] * DIM + column, found, mask=wanted)
 
 
 def stage(weight: torch.Tensor, keys: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,12 +38,12 @@ def stage(weight: torch.Tensor, keys: torch.Tensor, places: torch.Tensor) -> tup
     staged = torch.empty(lookups, dim, dtype=weight.dtype, device=keys.device)
     slots = torch.empty(lookups, dtype=torch.int32, device=keys.device)
     if lookups:
+        number = torch.zeros(lookups, dtype=torch.int32, device=keys.device)  # of distinct rows before this one
+        torch.cumsum(keys[1:] != keys[:-1], 0, dtype=torch.int32, out=number[1:])
         columns = triton.next_power_of_2(dim)
         grid = (triton.cdiv(lookups, ROWS),)
-        _fetch[grid](weight, keys, staged, lookups, dim, columns, ROWS, num_warps=WARPS)
-        first = torch.arange(lookups, dtype=torch.int32, device=keys.device)
-        first[1:].masked_fill_(keys[1:] == keys[:-1], 0)
-        slots[places] = first.cummax(0).values
+        _fetch[grid](weight, keys, number, staged, lookups, dim, columns, ROWS, num_warps=WARPS)
+        slots[places] = number
     return staged, slots
 
 

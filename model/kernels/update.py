@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from model.kernels import MOST_COLUMNS, supported
-from model.kernels.arithmetic import matrix_sum, random_bits, rounded, stochastically_rounded
+from model.kernels.arithmetic import matrix_sum, not_finite, random_bits, rounded, stochastically_rounded
 from model.kernels.cost import Cost, Shape
 
 TILE = 4096  # elements of a piece's tile, where a piece has 16 to 64 look-ups
@@ -98,7 +98,15 @@ def _step_pieces(
     lookup = tl.load(order + place, mask=there, other=0).to(tl.int64)
     inside = there[:, None] & (column < DIM)
     grad = tl.load(grads + lookup[:, None] * DIM + column, mask=inside, other=0.0)
-    total = matrix_sum(key[:, None] == key[None, :], grad)
+    same = key[:, None] == key[None, :]
+    if SKIPS:  # a step with a gradient that is no number is skipped whole
+        total = matrix_sum(same, grad)
+    else:
+        # Such a gradient times the 0 of another row would be no number there too: only its own row gets that.
+        spoilt = tl.max(not_finite(grad.to(tl.float32)).to(tl.int32), 1)
+        total = matrix_sum(same, tl.where(spoilt[:, None] > 0, 0.0, grad.to(tl.float32)).to(grad.dtype))
+        marks = tl.max(tl.where(same, spoilt[None, :], 0), 1)
+        total = tl.where(marks[:, None] > 0, float("nan"), total)
     begins, goes_on = there & (key != before), key == following
     whole = (begins & (key != following))[:, None]
     rows = key.to(tl.int64)[:, None]

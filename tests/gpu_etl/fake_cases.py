@@ -3,18 +3,35 @@
 A case named seeded_* puts a fault back that the code once had, and holds that the fake driver finds it.
 """
 
+import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from itertools import pairwise
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from numba import cuda as numba_cuda
 
-from gpu_etl import cluster, cpu, cuda, cuda_dictionary, cuda_encode, cuda_launch, cuda_rows, memory, prefetch, shuffle
+from gpu_etl import (
+    cluster,
+    cpu,
+    cuda,
+    cuda_dictionary,
+    cuda_encode,
+    cuda_keep,
+    cuda_launch,
+    cuda_rows,
+    kept,
+    memory,
+    pipeline,
+    prefetch,
+    shuffle,
+)
+from gpu_etl.errors import DataError
 from gpu_etl.pipeline import Settings, encode_days
 from gpu_etl.schema import choose_preset
 from gpu_etl.shuffle import start_of_keys
@@ -51,7 +68,53 @@ def agrees_with_the_cpu(paths: list[Path], **settings) -> None:
 def seeds() -> None:
     with days(14, 4) as paths:
         for seed in range(12):
-            agrees_with_the_cpu(paths, seed=seed)
+            agrees_with_the_cpu(paths, seed=seed, keep_on_device=False)
+
+
+def kept_rows() -> None:
+    """Rows that stay on the device between the passes, whatever is made of them."""
+    with days(14, 9, 4) as paths:
+        agrees_with_the_cpu(paths, seed=4)
+        agrees_with_the_cpu(paths, seed=2, fractions=(0.6, 0.2, 0.2), preset=choose_preset("torchrec"))
+        agrees_with_the_cpu(paths[:1], days=3)
+        agrees_with_the_cpu(paths, shuffle=False, form="dist")
+
+
+def more_rows_than_expected() -> None:
+    """Where more rows come than the device has room for, they go into files, and so does what an earlier run kept."""
+    cuda_keep.budget.left = lambda: int(1.3 * 21 * (168 + cuda_keep.SORT_BYTES) / cuda_keep.SHARE)
+    pipeline.guess_rows = lambda *_: 21
+    moved, real = [], kept.Store.move_to_files
+    kept.Store.move_to_files = lambda self, *more: moved.append(self.kept.count) or real(self, *more)
+    with days(30, 9, 4) as paths:
+        agrees_with_the_cpu(paths, seed=4)
+        agrees_with_the_cpu(paths, fractions=(0.6, 0.2, 0.2))
+    assert len(moved) == 2 and min(moved) > 10, moved
+
+
+def a_killed_run_begins_anew() -> None:
+    """A run that kept its rows on the device and was killed in the encode pass; whether they are kept again or not."""
+    real = kept.KeptEncodePass.run
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with days(14, 4) as paths, tempfile.TemporaryDirectory() as folder:
+        encode_days(paths, Path(folder) / "cpu", Settings(slab_bytes=SLAB))
+        for keep in (True, False):
+            settings = Settings(device="cuda", slab_bytes=SLAB)
+            kept.KeptEncodePass.run = killed
+            out = Path(folder) / str(keep)
+            try:
+                encode_days(paths, out, settings)
+            except KeyboardInterrupt:
+                cuda_launch.synchronize()  # this process goes on
+                assert {line for line in (out / ".work" / "journal.jsonl").read_text().splitlines()}
+            else:
+                raise AssertionError("was not killed")
+            kept.KeptEncodePass.run = real
+            encode_days(paths, out, replace(settings, keep_on_device=keep))
+            assert files_of(out) == files_of(Path(folder) / "cpu")
 
 
 def two_readers() -> None:
@@ -69,15 +132,27 @@ def workers() -> None:
         agrees_with_the_cpu(paths, workers=2)
 
 
+def too_many_workers() -> None:
+    """More workers than there are GPUs: words, not an error of dask-cuda's."""
+    sys.modules["dask_cuda"] = SimpleNamespace(LocalCUDACluster=None)
+    with days(5, 5) as paths, tempfile.TemporaryDirectory() as out:
+        try:
+            encode_days(paths, Path(out) / "set", Settings(device="cuda", workers=2))
+        except DataError as error:
+            assert "each takes a GPU, and 1 are visible" in str(error)
+        else:
+            raise AssertionError("not refused")
+
+
 WAITS = {"cuStreamSynchronize", "cuEventSynchronize", "cuCtxSynchronize"}
 NEW = {
     "cuMemAlloc", "cuMemFree", "cuMemHostAlloc", "cuMemFreeHost", "cuEventCreate", "cuEventDestroy", "cuStreamCreate",
 }  # fmt: skip
-WARM = 4  # slabs until every buffer has its size
+WARM = 9  # slabs until every buffer has its size
 
 
-def slab_costs() -> Counter:
-    """Driver calls of the slabs of one day once memory has its size, the costliest of each kind."""
+def slab_costs(keep: bool) -> dict[str, float]:
+    """Driver calls a slab of one day, once memory has its size."""
     cuts: list[dict[str, int]] = []
     real = cuda_rows._Parser.parse
 
@@ -85,22 +160,30 @@ def slab_costs() -> Counter:
         cuts.append(dict(fake_driver.calls))
         return real(self, text)
 
-    cuda_rows._Parser.parse, cuda_dictionary.FIRST_SLOTS = parse, 1 << 12
-    with days(140, 1) as paths, tempfile.TemporaryDirectory() as out:
-        encode_days(paths, Path(out) / "set", Settings(device="cuda", slab_bytes=SLAB, seed=2))
-    steady = [Counter(after) - Counter(before) for before, after in pairwise(cuts[WARM:-2])]
-    assert len(steady) > 4
-    return Counter({name: max(slab[name] for slab in steady) for name in set().union(*steady)})
+    # Rows of these texts are short, and few: what grows with them has its size from the start.
+    cuda_rows._Parser.parse, cuda_dictionary.FIRST_SLOTS, cuda_rows.ROW_BYTES = parse, 1 << 12, 32
+    with days(220, 1) as paths, tempfile.TemporaryDirectory() as out:
+        encode_days(paths, Path(out) / "set", Settings(device="cuda", slab_bytes=SLAB, keep_on_device=keep))
+    slabs = len(cuts) - 2 - WARM
+    assert slabs > 4
+    return {name: count / slabs for name, count in (Counter(cuts[-2]) - Counter(cuts[WARM])).items()}
 
 
 def steady_state() -> None:
-    found = slab_costs()
-    new = {name: found[name] for name in NEW if found[name]}
-    assert not new, new
-    assert not found["HtoD bytes, pageable"] and not found["DtoH bytes, pageable"]
+    costs(slab_costs(keep=False), waits=2)
+
+
+def steady_state_of_kept_rows() -> None:
+    costs(slab_costs(keep=True), waits=1)
+
+
+def costs(found: dict[str, float], waits: int) -> None:
+    unwanted = {name: found[name] for name in found if name in NEW or "pageable" in name}
+    assert not unwanted, unwanted
     # One in the thread that computes, for the slab's numbers; one in the thread that writes, for the rows themselves.
-    assert sum(found[name] for name in WAITS) <= 2, {name: found[name] for name in WAITS}
-    print({name: found[name] for name in sorted(found) if not name.startswith("launch ")})
+    waited = sum(found.get(name, 0) for name in WAITS)
+    assert waited < waits + 0.5, waited  # at times a wait finds done what the next one would wait for, or not
+    print({name: round(found[name], 1) for name in sorted(found) if not name.startswith("launch ")})
 
 
 def found(*words: str) -> None:
@@ -115,7 +198,7 @@ def seeded_stream_handle() -> None:
     cuda_launch.stream_handle = lambda name: cuda_launch.stream(name).handle
     with days(14, 2) as paths:
         try:
-            agrees_with_the_cpu(paths)
+            agrees_with_the_cpu(paths, keep_on_device=False)
         except AssertionError as error:
             assert "ExternalStream: expected an int" in str(error)
         else:
@@ -136,7 +219,7 @@ def seeded_types() -> None:
     for seed in (0, 1, 2):
         try:
             with days(14, 2) as paths:
-                agrees_with_the_cpu(paths, seed=seed)
+                agrees_with_the_cpu(paths, seed=seed, keep_on_device=False)
         except (AssertionError, TypeError):
             wrong.append(seed)
     assert wrong == [2], wrong
@@ -166,7 +249,7 @@ def seeded_context() -> None:
     """E4: a thread that waits for the device without having entered it."""
     prefetch.OneBehind.__init__ = _without_initializer(prefetch.OneBehind.__init__)
     with days(30, 2) as paths:
-        agrees_with_the_cpu(paths)
+        agrees_with_the_cpu(paths, keep_on_device=False)
     found("no context is current in the thread", "cuEventSynchronize")
 
 
@@ -189,7 +272,7 @@ def seeded_pinned() -> None:
     cuda.Finisher.finish = finish
     shuffle.BUCKET_BYTES = cuda.BUCKET_BYTES = 1 << 10
     with days(60, 2) as paths, suppress(AssertionError):
-        agrees_with_the_cpu(paths)
+        agrees_with_the_cpu(paths, keep_on_device=False)
     found("pinned memory changed before it was copied")
 
 

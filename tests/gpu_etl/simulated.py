@@ -176,6 +176,49 @@ def finish() -> None:
         np.testing.assert_array_equal(*found)
 
 
+def kept() -> None:
+    """Rows that stay on the device come out as those that went through files: in order, shuffled, and as they are."""
+    (values, missing, _), _ = parsed(texts()["ragged"])
+    ids = tuple(np.zeros(1, np.int32) for _ in range(26))
+    values[:, 14:], expected = 0, []
+    there = cuda.upload(values, missing)[0]
+    store = cuda.keep(5 * ROWS)
+    for first in (first_number(2), first_number(0) + ROWS, first_number(1), first_number(0)):
+        assert store.has_room(ROWS)
+        store.add(there, first)
+        numbered = np.empty(ROWS, NUMBERED)
+        numbered["coded"], numbered["row"] = values.view(np.int32), np.arange(ROWS) + first
+        expected.append(numbered)
+    together = np.concatenate(expected)
+    np.testing.assert_array_equal(np.concatenate([rows for _, rows in store.numbered()]), together)
+    assert store.ranges(first_number(0) + 3, first_number(1)) == [(3 * ROWS + 3, 4 * ROWS), (ROWS, 2 * ROWS)]
+    for seed in range(3):
+        for first, end in ((0, first_number(2)), (first_number(1), first_number(3))):
+            taken = np.sort(together[(together["row"] >= first) & (together["row"] < end)], order="row")
+            ranges = store.ranges(first, end)
+            assert sum(stop - begin for begin, stop in ranges) == len(taken)
+            found = []
+            for kernels in (cpu, cuda):
+                finisher = kernels.Finisher(ids, np.array([2, 0, -3]))
+                records = kernels.host_bytes(len(taken) * 160).view(np.int32).reshape(-1, 40)
+                if kernels is cpu:
+                    finisher.take_shuffled(taken, seed)
+                else:
+                    finisher.take_there(store.words, order=store.shuffled(ranges, seed))
+                finisher.finish(0, len(taken), records)()
+                found.append(records)
+            np.testing.assert_array_equal(*found)
+    begin, stop = store.ranges(first_number(1) + 2, first_number(2))[0]
+    records = cuda.host_bytes((stop - begin) * 160).view(np.int32).reshape(-1, 40)
+    finisher.take_there(store.words, begin)
+    finisher.finish(0, stop - begin, records)()
+    host, into = cpu.Finisher(ids, np.array([2, 0, -3])), np.empty_like(records)
+    host.take(np.ascontiguousarray(expected[2]["coded"][2:]), 1)
+    np.testing.assert_array_equal(records, host.finish(0, len(into), into)())
+    assert store.has_room(2 * ROWS) and not store.has_room(3 * ROWS)  # a quarter more than was asked for
+    store.release()
+
+
 def encode() -> None:
     with tempfile.TemporaryDirectory() as folder:
         days = [Path(folder) / f"day_{day}" for day in range(3)]
@@ -334,7 +377,10 @@ def memory_limit() -> None:
         days = [Path(folder) / f"day_{day}" for day in range(2)]
         for day, path in enumerate(days):
             path.write_bytes(reference.write_rows(seed=day, rows=ROWS // 3))
-        settings = Settings(preset=choose_preset("mlperf"), device="cuda", slab_bytes=3000 if SIMULATED else 1 << 22)
+        settings = Settings(
+            preset=choose_preset("mlperf"), device="cuda", slab_bytes=3000 if SIMULATED else 1 << 22,
+            keep_on_device=False,
+        )  # fmt: skip
         _, report = encode_days(days, Path(folder) / "whole", settings)
         assert report.device_bytes > 4 * 3000
         cuda_launch.budget.__init__()

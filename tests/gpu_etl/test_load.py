@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gpu_etl.errors import DataError
+from gpu_etl.load import dali
 from gpu_etl.load.batch import batch_ranges
 from gpu_etl.load.cpu import CpuLoader
 from gpu_etl.load.dali import DaliLoader
@@ -56,6 +57,23 @@ def test_both_loaders_give_the_same_bits(folder, batch_size, start):
         )
         for plain, dali in pairs:
             assert all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(plain, dali, strict=True))
+
+
+def test_dali_builds_its_pipeline_once(folder, monkeypatch):
+    built, real = [], dali._pass_on
+    monkeypatch.setattr(dali, "_pass_on", lambda *words, **more: built.append(1) or real(*words, **more))
+    data = open_dataset(folder).splits["train"]
+    loader, plain = DaliLoader(data, 33, CPU, shuffle=True), CpuLoader(data, 33, CPU, shuffle=True)
+    for epoch in range(3):
+        for one, other in zip(loader.batches(epoch), plain.batches(epoch), strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert len(built) == 1
+    stopped = loader.batches(3)  # an epoch that nobody wants to its end leaves blocks in the pipeline
+    next(stopped)
+    stopped.close()
+    again = list(loader.batches(1))
+    for one, other in zip(again, plain.batches(1), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("loader", LOADERS)

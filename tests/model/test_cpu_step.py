@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from model import cpu_kernels, cpu_step
+from model.config import ConfigError
 from model.cpu_step import CpuStep
 from model.dlrm import DLRM
 from model.interaction import DotInteraction
@@ -133,10 +134,10 @@ def test_hashed_ids_wrap_around_and_others_are_refused():
     beyond = batch._replace(sparse=batch.sparse + torch.tensor(model.config.categorical_feature_sizes).int() * 7)
     assert torch.equal(CpuStep(model, False).logits(beyond), CpuStep(model, False).logits(batch))
     model = make_model()
-    for wrong in (-4, 5000):
+    for wrong in (-4, model.config.categorical_feature_sizes[0], 5000):
         bad = batch._replace(sparse=batch.sparse.clone())
         bad.sparse[7, 0] = wrong
-        with pytest.raises(IndexError, match="an id leads to row"):
+        with pytest.raises(ConfigError, match=f"row 8 of a batch, table 0: expected an id from 0 to .*, got {wrong}"):
             CpuStep(model, False).gradients(bad)
 
 

@@ -97,14 +97,21 @@ def test_configurations_are_found_by_other_repositories_paths(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("{", "expected JSON"),
-        ("[1]", "expected a JSON object"),
-        ('{"embedding_dimension": 3}', "expected a JSON object with the keys"),
+        ("{", "not JSON"),
+        ("[1]", "expected an object of keys and values"),
+        ('{"embedding_dimension": 3}', "embedding_dimension: no such key; did you mean embedding_dim"),
         ('{"embedding_dim": 8}', "missing"),
         (json.dumps(small_config().to_json() | {"embedding_dim": 9}), "expected embedding_dim, 9"),
         (json.dumps(small_config().to_json() | {"top_mlp_sizes": [4, 2]}), "expected 1, the logit"),
         (json.dumps(small_config().to_json() | {"interaction_op": "dots"}), "expected one of dot, cat"),
-        (json.dumps(small_config().to_json() | {"categorical_feature_sizes": [0]}), "positive whole numbers"),
+        (json.dumps(small_config().to_json() | {"categorical_feature_sizes": [0]}), "whole numbers from 1"),
+        (json.dumps(small_config().to_json() | {"categorical_feature_sizes": [2**31]}), "to 2147483647"),
+        (json.dumps(small_config().to_json() | {"categorical_feature_sizes": [3, True]}), "a valid integer, got True"),
+        (json.dumps(small_config().to_json() | {"self_interaction": "false"}), "a valid boolean, got 'false'"),
+        (json.dumps(small_config().to_json() | {"num_numerical_features": "13"}), "a valid integer, got '13'"),
+        (json.dumps(small_config().to_json() | {"num_numerical_features": 13.0}), "a valid integer, got 13.0"),
+        (json.dumps(small_config().to_json() | {"embedding_dim": 0}), "embedding_dim: expected 1 to"),
+        (json.dumps(small_config().to_json())[:-1] + ', "embedding_dim": 4}', "'embedding_dim' is there twice"),
     ],
 )
 def test_bad_configurations(tmp_path, text, words):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from model.config import ConfigError
 from model.embedding import JointEmbedding, TorchEmbedding
 from model.optimizers import Optimizer
 
@@ -78,3 +79,13 @@ def test_step_and_scale_are_numbers_or_scalars_on_the_device():
             (embedding(CASES["one row of batch"]()) * 2.0**number).sum().backward()
     assert torch.equal(embeddings[0].weight, embeddings[1].weight)
     assert [embeddings[0].step, embeddings[0].loss_scale] == [3, 8.0]
+
+
+@pytest.mark.parametrize("module", [JointEmbedding, TorchEmbedding])
+@pytest.mark.parametrize(("column", "value"), [(0, 3), (2, -1), (1, 1), (1, 2**31 - 1)])
+def test_an_id_beyond_its_table_is_an_error_and_not_the_neighbours_row(module, column, value):
+    ids = torch.zeros(8, 3, dtype=torch.int32)
+    ids[5, column] = value
+    with pytest.raises(ConfigError, match=f"row 6 of a batch, table {column}: expected an id from 0 to .* got {value}"):
+        module(SIZES, 8, False)(ids)
+    assert module(SIZES, 8, True)(ids).isfinite().all()

@@ -123,7 +123,7 @@ def test_saving_again_replaces_and_leaves_nothing_else(tmp_path):
         trainer.steps = steps
         checkpoint.save(tmp_path / "ckpt", trainer, {})
     assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
-    assert checkpoint.read_state(tmp_path / "ckpt")["steps"] == 2
+    assert checkpoint.read_state(tmp_path / "ckpt").steps == 2
     assert sorted(path.name for path in (tmp_path / "ckpt").iterdir()) == [
         "mlps.safetensors", "optimizer.safetensors", "state.json", "tables.safetensors"
     ]  # fmt: skip
@@ -141,7 +141,7 @@ def cut(path):
         (lambda folder: (folder / "tables.safetensors").unlink(), "damaged"),
         (lambda folder: cut(folder / "state.json"), "damaged"),
         (lambda folder: (folder / "state.json").unlink(), "expected a checkpoint that train.py wrote"),
-        (lambda folder: (folder / "state.json").write_text(json.dumps({"version": 99})), "expected version 2, got 99"),
+        (lambda folder: (folder / "state.json").write_text(json.dumps({"version": 99})), "expected version 3, got 99"),
     ],
 )
 def test_damaged_checkpoints_are_refused(tmp_path, damage, words):

@@ -6,7 +6,7 @@ import torch
 from model.config import ConfigError
 from model.dlrm import DLRM
 from model.engine import LoopOptions, fit
-from model.graph import SLOTS, Static, StaticInputs
+from model.graph import MOST_SIZES, SLOTS, Static, StaticInputs
 from model.optimizers import Optimizer
 from model.schedule import Schedule
 from model.trainer import Precision, Trainer
@@ -62,14 +62,32 @@ def test_slots_are_filled_in_turns_and_batches_stay_free():
     assert isinstance(inputs.slots[0], Batch)
 
 
-def test_a_batch_of_another_size_goes_the_direct_way():
+@pytest.mark.parametrize("order", ["full first", "short first"])
+def test_each_size_of_batches_has_slots_of_its_own(order):
+    """A run that goes on with an epoch's last, short batch first must not run all full ones without a graph."""
     seen = []
     static = Static(lambda batch: seen.append(batch.label.data_ptr()) or batch.label.sum(), CPU)
     full, tail = random_batches(1, 9)[0], random_batches(1, 4)[0]
-    for batch in (full, tail, full, full, tail):
+    batches = (full, tail, full, full, tail) if order == "full first" else (tail, full, full, full, tail)
+    for batch in batches:
         assert static(batch) == batch.label.sum()
-    assert seen[1] == seen[4] == tail.label.data_ptr()
-    assert seen[0] == seen[3] != seen[2] and full.label.data_ptr() not in seen
+    assert full.label.data_ptr() not in seen and tail.label.data_ptr() not in seen
+    places = {9: [], 4: []}
+    for batch, place in zip(batches, seen, strict=True):
+        places[len(batch.label)].append(place)
+    assert places[9][0] == places[9][2] != places[9][1] and places[4][0] != places[4][1]
+
+
+def test_sizes_beyond_the_first_few_go_the_direct_way_and_that_is_said_once(capsys):
+    seen = []
+    static = Static(lambda batch: seen.append(batch.label.data_ptr()) or batch.label.sum(), CPU)
+    batches = [random_batches(1, rows)[0] for rows in range(3, 3 + MOST_SIZES + 2)]
+    for batch in (*batches, *batches):
+        assert static(batch) == batch.label.sum()
+    direct = [batch.label.data_ptr() for batch in batches[MOST_SIZES:]]
+    assert seen[MOST_SIZES : MOST_SIZES + 2] == seen[-2:] == direct
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "--cuda_graphs: batches of 7 rows run without a graph, as do all but those of 3, 4, 5, 6"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from model import checkpoint, keeper
+from model.config import ConfigError
 from model.engine import LoopOptions, fit
 from model.keeper import Keeper, KeepOptions
 from model.metrics import Metrics
@@ -35,10 +36,10 @@ def names(folder):
 def test_every_few_steps_and_the_last_ones_stay(tmp_path):
     trainer, kept = run(tmp_path, every_steps=6, last=2)
     assert names(tmp_path) == ["step_18", "step_20"] and kept.latest == tmp_path / "step_20"
-    assert checkpoint.read_state(tmp_path / "step_18")["steps"] == 18
+    assert checkpoint.read_state(tmp_path / "step_18").steps == 18
     assert checkpoint.find(tmp_path) == tmp_path / "step_20"
     again = make_trainer(seed=5)
-    assert checkpoint.restore(tmp_path / "step_20", again)["place"] == "here"
+    assert checkpoint.restore(tmp_path / "step_20", again).run["place"] == "here"
     assert same(weights(again), weights(trainer)) and again.steps == 20
 
 
@@ -78,7 +79,7 @@ def test_nothing_is_written_unasked(tmp_path):
 def test_the_best_stays(tmp_path):
     run(tmp_path, tests=[0.6, 0.7, 0.65, 0.69], best=True)
     state = checkpoint.read_state(tmp_path / "best")
-    assert names(tmp_path) == ["best"] and state["steps"] == 6 and state["best_auc"] == 0.7
+    assert names(tmp_path) == ["best"] and state.steps == 6 and state.run["best_auc"] == 0.7
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -121,7 +122,7 @@ def test_no_checkpoint_of_a_model_whose_loss_was_no_number(tmp_path):
     loader = ListLoader(batches)
     loader.ranges = lambda epoch, start: [(16 * i, 16 * i + 16) for i in range(start, 10)]
     words = r"step 7 \(epoch 1, batch 7, rows 97 to 112 of the training split\): the loss is nan.*checkpoint: .*step_4"
-    with pytest.raises(checkpoint.ConfigError, match=words):
+    with pytest.raises(ConfigError, match=words):
         fit(trainer, loader, lambda: None, LoopOptions(print_freq=1000, test_freq=1000), kept)
     assert names(tmp_path) == ["step_4"]
     assert json.loads((tmp_path / "step_4" / "state.json").read_text())["steps"] == 4
@@ -133,3 +134,11 @@ def test_find_says_what_it_expected(tmp_path):
     (tmp_path / "step_9").mkdir()  # without its state: not a checkpoint
     with pytest.raises(checkpoint.CheckpointError, match="no step_N there"):
         checkpoint.find(tmp_path)
+
+
+def test_a_later_checkpoint_without_its_state_is_not_passed_over(tmp_path):
+    run(tmp_path, every_steps=6)
+    (tmp_path / "step_20" / "state.json").unlink()
+    with pytest.raises(checkpoint.CheckpointError, match=r"step_20: damaged \(no state.json in it\); .*step_18"):
+        checkpoint.find(tmp_path)
+    assert checkpoint.find(tmp_path / "step_18").name == "step_18"

@@ -15,6 +15,7 @@ pytest.importorskip("triton", reason="no triton: pip install -r requirements-dev
 from bench import step_kernels
 
 CASES = ["forward_and_backward", "updates", "rounding", "records", "staging", "steps", "refusals", "benchmark"]
+STEP_CASES = ["spoilt_gradients", "flags", "look_ups_are_sorted_once", "one_rank", "replicas"]
 GPU_CASES = ["graph", "real_sizes"]
 # tables, dim, matrices, tables' type, rule -> most registers a thread and bytes of shared memory, by kernel
 LIMITS = {
@@ -42,15 +43,16 @@ def run(case: str, module: str = "kernel_cases", **environment: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_in_the_interpreter(case):
-    assert "agrees" in run(case, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+ANYWHERE = [("kernel_cases", case) for case in CASES] + [("kernel_cases_step", case) for case in STEP_CASES]
+
+
+@pytest.mark.parametrize(("module", "case"), ANYWHERE)
+def test_in_the_interpreter(module, case):
+    assert "agrees" in run(case, module, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("module", "case"), [("kernel_cases", c) for c in CASES] + [("kernel_cases_gpu", c) for c in GPU_CASES]
-)
+@pytest.mark.parametrize(("module", "case"), ANYWHERE + [("kernel_cases_gpu", c) for c in GPU_CASES])
 def test_on_the_gpu(module, case):
     assert "agrees" in run(case, module)
 

@@ -100,9 +100,11 @@ def test_wrong_plans_are_refused(plan, message):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "expected JSON"),
-        ("[]", "expected {"),
+        ("{", "not JSON"),
+        ("[]", "expected an object of keys and values"),
         ('{"version": 2}', "expected version 1, got 2"),
+        ('{"version": 1, "world": "1", "dim": 4, "tables": []}', "world: expected a valid integer, got '1'"),
+        ('{"version": 1, "world": 1, "dim": 4.0, "table": []}', "table: no such key; did you mean tables"),
         ('{"version": 1, "world": 1, "dim": 4, "tables": [{"table": 1, "rows": 3}]}', "the tables 0 to 0 in order"),
         ('{"version": 1, "world": 1, "dim": 4, "tables": [{"table": 0, "rows": 3, "pieces": [{"rank": 0}]}]}', "rows"),
     ],
