@@ -1,17 +1,21 @@
 # make run    sets up and does the main job: synthetic raw days -> data set -> trained DLRM -> AUC
 # make test   sets up and runs all tests
+# make doctor sets up, says what is on this machine, and checks that everything computes here what it should
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: run test lint bench setup clean
+.PHONY: run test doctor lint bench setup clean
 
 run: setup
 	$(PY) -m bench quickstart
 
 test: setup
 	$(PY) -m pytest -n auto --maxprocesses 4
+
+doctor: setup
+	$(PY) -m gpu_etl doctor
 
 lint: setup
 	$(PY) -m ruff check .

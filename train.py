@@ -338,7 +338,7 @@ def do(args: argparse.Namespace, session: Session) -> dict:
 
 
 # What a user's data, settings, machine or signals may cause: a line of words, not a traceback.
-EXPECTED = (DataError, ConfigError, OSError, StoppedError, KeyboardInterrupt)
+EXPECTED = (DataError, ConfigError, OSError, ModuleNotFoundError, StoppedError, KeyboardInterrupt)
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:

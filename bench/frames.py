@@ -1,13 +1,15 @@
 """What cuDF would do instead of our kernels: read_csv with hex columns, a group-by per column; pandas is its twin."""
 
+import sys
 from io import BytesIO
 from types import ModuleType
 
+from gpu_etl.packages import install_command
 from gpu_etl.schema import COLUMN_NAMES, COLUMNS, FIRST_SPARSE
 
 
 def choose(device: str) -> ModuleType | None:
-    """cuDF for "cuda", pandas for "cpu"; None where it is not installed."""
+    """cuDF for "cuda", pandas for "cpu"; None, said on stderr, where it cannot be imported."""
     try:
         if device == "cuda":
             import cudf
@@ -16,7 +18,9 @@ def choose(device: str) -> ModuleType | None:
         import pandas
 
         return pandas
-    except ImportError:
+    except Exception as error:  # whatever a package does that does not fit its neighbours
+        name = "cudf" if device == "cuda" else "pandas"
+        print(f"{name} cannot be used, so nothing stands beside: {error}; {install_command(name)}", file=sys.stderr)
         return None
 
 

@@ -22,6 +22,7 @@ from gpu_etl.load.dataset import DataSet, open_dataset
 from gpu_etl.load.resident import ResidentLoader
 from gpu_etl.load.sources import Source
 from gpu_etl.load.unpack import CHUNK_ROWS, empty_block
+from gpu_etl.packages import install_command, is_there, require
 from gpu_etl.schema import COLUMNS, DENSE, FIRST_DENSE, FIRST_SPARSE, RECORD_DTYPE
 from model.config import ModelConfig, read_config
 from model.device import choose_device
@@ -72,6 +73,8 @@ def loaders(source: Source, batch_size: int, device: torch.device, buffers: list
         found[name] = data_loader(Blocks(source, batch_size), workers, device)
     for buffer in buffers:
         kinds = {"CPU loader": CpuLoader, "DALI": DaliLoader, "device-resident": ResidentLoader}
+        if not is_there("nvidia.dali"):
+            del kinds["DALI"]
         for name, kind in kinds.items():
             reader = kind(source, batch_size, device, True, buffer=buffer)
             found[name + ", rows shuffled" * bool(buffer)] = reader.batches
@@ -204,6 +207,10 @@ def with_training_step(data: DataSet, args: argparse.Namespace, device: torch.de
 
 def measure(args: argparse.Namespace) -> dict:
     """Rates from page cache and disk, and the share of a training step's time that each loader costs."""
+    if args.png:
+        require("matplotlib", "--png")
+    if not is_there("nvidia.dali"):
+        print(f"DALI is missing, so it is left out: {install_command('nvidia.dali')}", file=sys.stderr)
     device = choose_device(args.device)
     config, _ = read_config(args.model_config)
     with tempfile.TemporaryDirectory() as folder:

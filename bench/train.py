@@ -22,6 +22,7 @@ from bench.timing import Laps
 from bench.train_peers import GRAPH, OURS, ours, peers
 from gpu_etl.load.cpu import CpuLoader
 from gpu_etl.load.dataset import RecordFile
+from gpu_etl.packages import require
 from gpu_etl.schema import COLUMNS, FIRST_SPARSE, RECORD_DTYPE
 from model.config import ModelConfig, read_config
 from model.device import choose_device
@@ -161,6 +162,8 @@ def plan(args: argparse.Namespace, device: torch.device) -> list[tuple[str, list
 
 def measure(args: argparse.Namespace) -> dict:
     """Samples/s and shares of the limits for every configuration, batch size and precision; those of our fastest."""
+    if args.plot:
+        require("matplotlib", "--plot")
     device = choose_device(args.device)
     rates = {dtype: train_limits.matrix_operations(dtype, device) for dtype in (torch.float32, torch.bfloat16)}
     bandwidth, measured = train_limits.copy_bytes(device), []

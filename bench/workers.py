@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bench.command import BenchError, Finished, run
 from gpu_etl.manifest import Manifest
+from gpu_etl.packages import require
 
 DAYS = 4
 
@@ -43,6 +44,7 @@ def measure(args: argparse.Namespace) -> dict:
 
     The machine's limit is two independent commands with half of the days each: nothing merged, nothing waited for.
     """
+    require("distributed", "bench workers")
     with tempfile.TemporaryDirectory() as folder:
         run("-m", "gpu_etl", "synth", "--out", folder, "--rows", args.rows, "--days", DAYS, "--no-gzip")
         days = [Path(folder) / f"day_{day}" for day in range(DAYS)]

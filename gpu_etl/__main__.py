@@ -4,9 +4,10 @@
     python -m gpu_etl encode data/days/day_0.gz data/days/day_1.gz data/days/day_2.gz --out data/set
     python -m gpu_etl verify data/set
     python -m gpu_etl inspect data/set --png data/set.png
+    python -m gpu_etl doctor
 
 Words and progress go to stderr; the last line of stdout is one JSON object. Exit status: 0, 1 after
-an error, 130 after Ctrl-C.
+an error or a check of doctor that fails, 130 after Ctrl-C.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import os
 import sys
 import time
 
-from gpu_etl import flags
+from gpu_etl import flags, packages
 from gpu_etl.errors import DataError, notes
 
 
@@ -73,6 +74,8 @@ def inspect(args: argparse.Namespace) -> dict:
     """Run the inspect command; returns its results."""
     from tqdm import tqdm
 
+    if args.png:
+        packages.require("matplotlib", "--png")
     from gpu_etl.inspect import inspect as look
     from gpu_etl.inspect_show import plot, table
 
@@ -84,7 +87,14 @@ def inspect(args: argparse.Namespace) -> dict:
     return {"set": str(args.set), **found}
 
 
-COMMANDS = {"encode": encode, "synth": synth, "verify": verify, "inspect": inspect}
+def doctor(args: argparse.Namespace) -> dict:
+    """Run the doctor command; returns its results."""
+    from gpu_etl.doctor.doctor import main as examine
+
+    return examine(args)
+
+
+COMMANDS = {"encode": encode, "synth": synth, "verify": verify, "inspect": inspect, "doctor": doctor}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -100,12 +110,15 @@ def main(argv: list[str] | None = None) -> int:
         words = f"error: {where}{error.strerror or error or type(error).__name__}"
         print(words, *notes(error), sep="\n", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        print(f"error: {packages.explain(error)}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt as stop:
         words = "interrupted; an encode goes on where it was when given the same command again"
         print(words, *notes(stop), sep="\n", file=sys.stderr)
         return 130
     print(json.dumps({"command": args.command, **result}))
-    return 0
+    return 1 if result.get("failed") else 0
 
 
 if __name__ == "__main__":

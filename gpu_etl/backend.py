@@ -29,6 +29,11 @@ def device(name: str) -> ModuleType:
     return cuda
 
 
+def bucket_bytes(name: str) -> int:
+    """How large a bucket of the shuffle suits a device. Raises DataError as device() does."""
+    return device(name).BUCKET_BYTES
+
+
 def explain(error: Exception) -> Exception:
     """The error itself, or, where the device's memory did not suffice, an error that says what to change."""
     if "OUT_OF_MEMORY" in str(error).upper().replace(" ", "_"):

@@ -30,6 +30,8 @@ __all__ = [
 
 SLAB_BYTES = 8 << 20  # of text: parsed, it stays in the L3 cache
 ENCODE_ROWS = 1 << 15
+BUCKET_BYTES = 8 << 20  # of the shuffle: rows to sort and finish lie in the L3 cache
+CORES_PER_WRITER = 4  # several times as fast as the rest, too
 CORES_PER_READER = 4  # a core inflates about four times as fast as it parses, codes and stores
 
 SHORT_ROW = 128  # bytes; where rows are shorter on average, they are found in a second try

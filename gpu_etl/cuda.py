@@ -44,6 +44,7 @@ __all__ = [
 SLAB_BYTES = 64 << 20  # of text: some milliseconds of copying, so that starting kernels costs little beside it
 ENCODE_ROWS = 1 << 18
 CORES_PER_READER = 3  # the host only reads and writes
+CORES_PER_WRITER = 3
 BUCKET_BYTES = 256 << 20  # of the shuffle: each costs a sort and some copies, whatever its size
 TOOLKIT = Path("/usr/local/cuda")
 

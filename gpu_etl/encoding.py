@@ -78,7 +78,7 @@ class EncodePass:
 
     def _writer(self, split: str, done: int, digest: str | None) -> formats.SplitWriter:
         """What goes on behind the rows that an earlier run wrote, if they are those that it wrote."""
-        writer = formats.SplitWriter(self._form, self._work, split, self._table_sizes, done)
+        writer = formats.SplitWriter(self._form, self._work, split, self._table_sizes, done, self._buckets.crew)
         try:
             if done:
                 integrity.expect(writer.digest(), digest, self._work, f"the first {done} rows of the split {split!r}")

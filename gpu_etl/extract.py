@@ -7,9 +7,8 @@ from types import MappingProxyType, ModuleType
 from typing import Protocol
 
 import numpy as np
-import zstandard
-from isal import igzip, isal_zlib
 
+from gpu_etl import codecs, packages
 from gpu_etl.errors import DataError
 from gpu_etl.memory import Pool, Reused
 from gpu_etl.prefetch import nothing
@@ -57,7 +56,7 @@ class ChecksummedFile(io.RawIOBase):
     def readinto(self, buffer) -> int:
         count = self._file.readinto(memoryview(buffer)[: self._left])
         self._left -= count
-        self._source.crc32 = isal_zlib.crc32(memoryview(buffer)[:count], self._source.crc32)
+        self._source.crc32 = codecs.crc32(memoryview(buffer)[:count], self._source.crc32)
         self._source.read += count
         return count
 
@@ -67,7 +66,7 @@ class ChecksummedFile(io.RawIOBase):
 
 
 class _ZstdFile(io.RawIOBase):
-    """The text of a zstd file of one or more frames. Raises zstandard.ZstdError, or EOFError where a frame is cut off.
+    """The text of a zstd file of one or more frames. Raises one of codecs.ERRORS where it is damaged or cut off.
 
     zstandard's own stream_reader takes a cut-off frame for the end of the file. Decompression objects do tell, but give
     all text of a piece at once, up to 32768 times its bytes: the pieces have to be small.
@@ -97,7 +96,7 @@ class _ZstdFile(io.RawIOBase):
 
     def _inflate(self) -> None:
         if self._frame is None:
-            self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._frame = codecs.zstd_frame()
         self._text = memoryview(self._frame.decompress(self._piece))
         self._piece = b""
         if self._frame.eof:
@@ -105,7 +104,7 @@ class _ZstdFile(io.RawIOBase):
 
 
 def open_sources(paths: list[Path]) -> list[Source]:
-    """Check that every input is a readable, non-empty file, and that none is named twice. Raises DataError if not."""
+    """Check that every input is a non-empty file that can be read, and none named twice. Raises DataError if not."""
     sources: list[Source] = []
     for path in map(Path, paths):
         if not path.is_file():
@@ -116,6 +115,8 @@ def open_sources(paths: list[Path]) -> list[Source]:
         stamp = stamp_of(path)
         if stamp.size == 0:
             raise DataError(f"{path}: the file is empty; expected rows of 40 tab-separated fields")
+        if kind_of(path) == "zstd":
+            packages.require("zstandard", str(path), "unpack it first: `zstd -d`")
         sources.append(Source(path, stamp.size, stamp=stamp))
     return sources
 
@@ -177,10 +178,10 @@ def _read_packed(source: Source, day: int, slab_bytes: int, skip: int, kind: str
     """Slabs of a day of packed text; kind: "gzip" or "zstd"."""
     stream = io.BufferedReader(ChecksummedFile(source), 1 << 20)
     try:
-        text = igzip.IGzipFile(fileobj=stream) if kind == "gzip" else _ZstdFile(stream)
+        text = codecs.read_gzip(stream) if kind == "gzip" else _ZstdFile(stream)
         skip_bytes(text, skip)
         yield from _cut(text, source.path, day, slab_bytes, skip, pool)
-    except (EOFError, isal_zlib.error, igzip.BadGzipFile, zstandard.ZstdError) as error:
+    except codecs.ERRORS as error:
         raise DataError(f"{source.path}: damaged or cut-off {kind} file ({error}); fetch it again") from error
     finally:
         stream.close()

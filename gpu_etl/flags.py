@@ -26,7 +26,7 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     """The parser of all commands; args.command names the one chosen."""
     formatter = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(prog="python -m gpu_etl", description=description, formatter_class=formatter)
-    commands = top.add_subparsers(required=True, dest="command", metavar="{encode,synth,verify,inspect}")
+    commands = top.add_subparsers(required=True, dest="command", metavar="{encode,synth,verify,inspect,doctor}")
     encode = commands.add_parser(
         "encode", help="raw days -> data set", description=ENCODE_HELP, formatter_class=formatter
     )
@@ -46,7 +46,21 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="what is in a data set: label rate, missing shares, popular ids")
     inspect.add_argument("set", type=Path, metavar="DIR", help="folder of the data set")
     inspect.add_argument("--png", type=Path, metavar="FILE", help="draw it too")
+    _add_doctor_flags(commands.add_parser(
+        "doctor", help="what is on this machine, and whether everything computes here what it should",
+        description="What is on this machine, and what installs the rest; then checks, each in a process of its own: "
+        "every kernel against its CPU twin, the CPU's functions against slow Python, small data sets, the loaders, "
+        "the training step. Exit status 1 where one fails.",
+    ))  # fmt: skip
     return top
+
+
+def _add_doctor_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--only", action="append", default=[], metavar="NAME", help="this check, or group: machine, cuda, cpu, train")
+    add("--list", action="store_true", help="name the checks, and do nothing")
+    add("--timeout", type=float, default=120.0, metavar="S", help="seconds a check may take (default: 120)")
+    add("--out", type=Path, default=Path("."), metavar="DIR", help="folder whose disk is measured (default: this one)")
 
 
 def _add_encode_flags(parser: argparse.ArgumentParser) -> None:

@@ -10,11 +10,13 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from gpu_etl.errors import DataError
+from gpu_etl.prefetch import ALONE, Crew
 from gpu_etl.schema import COLUMNS, DENSE, FIRST_DENSE, FIRST_SPARSE, RECORD_DTYPE, SPARSE, SPLITS, split_file
 from gpu_etl.spill import append, open_cut
 
@@ -104,10 +106,14 @@ class SplitWriter:
     """Appends blocks of records to the files of a split; for use in `with`, or with close().
 
     Every file is cut to exactly `rows_done` rows first, so that a killed run can go on behind the rows it is sure of;
-    0 starts anew. Raises WorkDamagedError where a file holds fewer rows than that.
+    0 starts anew. crew: its threads write, and sum up, side by side. Raises WorkDamagedError where a file holds fewer
+    rows than that.
     """
 
-    def __init__(self, form: str, folder: Path, split: str, table_sizes: Sequence[int], rows_done: int = 0):
+    def __init__(
+        self, form: str, folder: Path, split: str, table_sizes: Sequence[int], rows_done: int = 0, crew: Crew = ALONE
+    ):
+        self._crew = crew
         self._parts, self._files = parts(form, split, table_sizes), []
         self._digests = []
         with ExitStack() as opened:
@@ -126,10 +132,10 @@ class SplitWriter:
         """
         if records.ndim != 2 or records.shape[1] != COLUMNS or records.dtype != RECORD_DTYPE:
             raise DataError(f"expected records {RECORD_DTYPE} [n, {COLUMNS}], got {records.dtype} {records.shape}")
-        for part, file, digest in zip(self._parts, self._files, self._digests, strict=True):
-            converted = part.convert(records)
-            append(file, converted)
-            digest.update(converted)
+        converted = [part.convert(records) for part in self._parts]
+        appends = [partial(append, *of) for of in zip(self._files, converted, strict=True)]
+        updates = [partial(of.update, array) for of, array in zip(self._digests, converted, strict=True)]
+        self._crew.run([*updates, *appends])
 
     def described(self) -> dict[str, dict]:
         """The manifest's entries for the files as they are: path -> bytes and SHA-256."""

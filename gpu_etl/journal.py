@@ -57,8 +57,10 @@ class Journal:
     def record(self, **event) -> None:
         """Append an event. Everything it speaks of must have been written before."""
         self.events.append(event)
-        if self._held is not None:
-            return
+        if self._held is None:
+            self._write(event)
+
+    def _write(self, event: dict) -> None:
         body = json.dumps(event)[:-1]
         self._crc32 = zlib.crc32(body.encode(), self._crc32)
         line = f'{body}{CHAIN}{self._crc32:08x}"}}\n'.encode()

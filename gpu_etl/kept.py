@@ -46,24 +46,24 @@ class Store:
     def move_to_files(self, counting: CountPass, keys: list[np.ndarray]) -> None:
         """Write all rows and the dictionaries' keys, and into the journal what there is of each day."""
         print("more rows than were expected: those on the device go into files", file=sys.stderr)
-        memory, buckets, sums = Reused(), self._buckets, counting.sums
+        memory, seed = Reused(), self._buckets.seed
         for first, numbered in self.kept.numbered():
             coded, day = np.ascontiguousarray(numbered["coded"]), first >> DAY_SHIFT
-            sums[day] = integrity.add(sums[day], integrity.rows_sum(coded, first))
             if self._to_buckets[day]:
-                grouped, ends = group(coded, first, buckets.seed, len(buckets), memory)
-                buckets.add(grouped, ends)
-                integrity.add_to_buckets(grouped, ends, buckets.sums)
+                grouped, ends = group(coded, first, seed, len(self._buckets), memory)
+                self._buckets.add(grouped, ends)
+                found = integrity.add_to_buckets(grouped, ends, self._buckets.sums)
             else:
                 self._spill.add(day, coded)
+                found = integrity.rows_sum(coded, first)
+            counting.sums[day] = integrity.add(counting.sums[day], found)
         self.kept.release()
         self._journal.resume()
-        number = self._spill.add_keys(keys)
+        stored = {"keys": self._spill.add_keys(keys), "keys_crc": self._spill.keys_crc}
         for day, tally in enumerate(counting.tallies):
             if tally.read:
-                stored = {"keys": number, "keys_crc": self._spill.keys_crc, "sum": sums[day]}
-                self._journal.record(slab={"day": day, **stored, **tally.event()})
-                number = 0
+                self._journal.record(slab={"day": day, "sum": counting.sums[day], **stored, **tally.event()})
+                stored["keys"] = 0
             if tally.crc32 is not None:
                 self._journal.record(day={"day": day, "crc32": tally.crc32})
 
@@ -83,13 +83,14 @@ class KeptEncodePass(EncodePass):
             ranges += self._kept.ranges(first + piece.begin, first + piece.end)
         with (
             tqdm(total=end - begin, unit="rows", unit_scale=True, desc=f"encode {split:5}", file=sys.stderr) as bar,
-            formats.SplitWriter(self._form, self._work, split, self._table_sizes, 0) as writer,
+            formats.SplitWriter(self._form, self._work, split, self._table_sizes, 0, self._buckets.crew) as writer,
         ):
             with OneBehind(self._kernels.enter_thread) as writing:
                 for finished in self._finished(ranges, shuffled, bar):
                     writing.submit(lambda finished=finished: writer.write(finished()))
             files = writer.described()
-        self._journal.record(split={"name": split, "files": files})
+        # No sum of the rows' digests: they have been nowhere that is checked by it.
+        self._journal.record(split={"name": split, "files": files, "sum": 0})
 
     def _finished(self, ranges: list[tuple[int, int]], shuffled: bool, bar: tqdm):
         """What gives the records of the rows of some ranges, some at a time."""

@@ -16,23 +16,14 @@ from gpu_etl.encoding import EncodePass, day_shifts, scatter
 from gpu_etl.errors import BadRowError, DataError, DeviceMemoryError, KeepWorkError
 from gpu_etl.extract import Source, open_sources
 from gpu_etl.journal import Journal
+from gpu_etl.prefetch import Crew
 from gpu_etl.publish import publish, stamps
 from gpu_etl.schema import FIRST_DENSE
 from gpu_etl.settings import Settings
 from gpu_etl.shuffle import Buckets
 from gpu_etl.sources import Stamp, check_unchanged
 from gpu_etl.tally import Tally
-from gpu_etl.workfolder import (
-    JOB,
-    JOURNAL,
-    WORK,
-    describe_job,
-    finished,
-    guess_rows,
-    prepare,
-    remove,
-    until_sound,
-)
+from gpu_etl.workfolder import JOB, JOURNAL, WORK, describe_job, finished, guess_rows, prepare, remove, until_sound
 
 IDS = "ids.npz"
 
@@ -131,9 +122,8 @@ def _encode(
         if split not in finished:
             encoding.run(split, begin, end, settings.shuffle and split == "train")
             written |= stamps(work, journal.all("split")[-1]["files"])
-    if store is None:  # else no coded row has left the device's memory
-        encoded = integrity.add(*({event["name"]: event["sum"] for event in journal.all("split")}.values()))
-        integrity.expect(encoded, integrity.add(*counting.sums), work, "the coded rows of all splits")
+    encoded = integrity.add(*({event["name"]: event["sum"] for event in journal.all("split")}.values()))
+    integrity.expect(encoded, integrity.add(*counting.sums), work, "the coded rows of all splits")
     return written
 
 
@@ -168,6 +158,7 @@ def _run(
         settings.max_bad_rows, settings.to_buckets(len(sources)),
     )  # fmt: skip
     buckets = _buckets(settings, job, counting, journal, work)
+    buckets.crew = Crew(max(1, int(threads / kernels.CORES_PER_WRITER)))
     on_device = kept.begin(kernels, journal, guess_rows(sources, settings.preset)) if settings.keep_on_device else None
     if on_device is not None:
         counting.store = kept.Store(on_device, journal, counting.spill, buckets, counting.to_buckets)

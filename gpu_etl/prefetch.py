@@ -135,6 +135,9 @@ class Crew:
         self.close()
 
 
+ALONE = Crew(1)
+
+
 class OneBehind:
     """Runs jobs in a thread, in order, at most one behind its user; for use in `with`, which ends with the last job.
 

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 
-from gpu_etl import formats
+from gpu_etl import formats, packages
 from gpu_etl.errors import DataError
 from gpu_etl.schema import PRESETS, Preset
 
@@ -51,6 +51,8 @@ class Settings:
             raise DataError(f"--slab-bytes: expected {MIN_SLAB_BYTES} or more, got {self.slab_bytes}")
         if self.threads < 0 or self.workers < 0:
             raise DataError(f"--threads, --workers: expected 0 or more, got {self.threads} and {self.workers}")
+        if self.on_cluster:
+            packages.require("distributed", "--workers, --scheduler")
         if self.on_cluster and (self.days or self.fractions):
             raise DataError(
                 "--workers and --scheduler give each day file to one worker: not with --days or --fractions, where all "

@@ -6,6 +6,8 @@ range of keys, so the number of buckets (the memory used) never changes the orde
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numba
@@ -14,14 +16,14 @@ import numpy as np
 from gpu_etl.errors import WorkDamagedError
 from gpu_etl.jit import compiled, compiled_parallel
 from gpu_etl.memory import Reused
-from gpu_etl.prefetch import nothing, prefetch
+from gpu_etl.prefetch import ALONE, nothing, prefetch
 from gpu_etl.schema import COLUMNS
 from gpu_etl.spill import DAY_SHIFT, NUMBERED, append
 
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-BUCKET_BYTES = 8 << 20
 MAX_BUCKETS = 512  # open files; beyond this, buckets grow instead
 TAIL_ROWS = 1 << 12
+READ_BYTES = 1 << 20  # of a bucket, at least, by one reader
 NUMBER_WORDS = 2  # a numbered row as 32-bit words: the number, low half first, then the row
 
 
@@ -110,9 +112,9 @@ def group(
     return numbered, ends
 
 
-def bucket_count(rows: int) -> int:
-    """How many buckets so many rows take."""
-    return min(MAX_BUCKETS, max(1, -(-rows * NUMBERED.itemsize // BUCKET_BYTES)))
+def bucket_count(rows: int, bucket_bytes: int) -> int:
+    """How many buckets of about so many bytes so many rows take."""
+    return min(MAX_BUCKETS, max(1, -(-rows * NUMBERED.itemsize // bucket_bytes)))
 
 
 class Buckets:
@@ -121,7 +123,11 @@ class Buckets:
     kept: of each day, the rows that an earlier run has surely brought; later ones are dropped. None: all were brought,
     and some buckets taken out again. first_row: of the rows that are brought of a day. paths: of the buckets' files;
     sums: uint64 [count], kept by whoever brings rows (integrity.py). Raises WorkDamagedError where rows are missing.
+
+    crew: its threads write, each to a range of buckets, and read, each a range of one. For the owner to set.
     """
+
+    crew = ALONE
 
     def __init__(self, folder: Path, count: int, seed: int, kept: list[int] | None, first_row: int = 0):
         self.seed = seed
@@ -136,13 +142,22 @@ class Buckets:
                 f"{folder}: expected {sum(kept)} rows in shuffle buckets, found {left}: not what that run's journal "
                 "says (did the machine stop?)"
             )
-        self._files = [open(path, "ab") for path in self.paths]  # noqa: SIM115 - closed in close()
+        self._files = [open(path, "ab", buffering=0) for path in self.paths]  # noqa: SIM115 - closed in close()
 
     def add(self, numbered: np.ndarray, ends: np.ndarray) -> None:
         """Take what group() made. It is with the kernel on return."""
-        for file, begin, end in zip(self._files, [0, *ends[:-1]], ends, strict=True):
-            if begin < end:
-                append(file, numbered[begin:end])
+        crew = self.crew
+        rows, begins = len(numbered), np.concatenate([[0], ends[:-1]])
+        cuts = np.searchsorted(ends, np.arange(1, crew.threads) * rows // crew.threads, side="right")
+        ranges = pairwise([0, *np.maximum.accumulate(cuts).tolist(), len(ends)])
+
+        def write(first: int, last: int) -> None:
+            places = begins[first:last].tolist(), ends[first:last].tolist()
+            for file, begin, end in zip(self._files[first:last], *places, strict=True):
+                if begin < end:
+                    append(file, numbered[begin:end])
+
+        crew.run([partial(write, *buckets) for buckets in ranges if buckets[0] < buckets[1]])
 
     def rows(self) -> list[int]:
         """How many rows each bucket holds."""
@@ -150,12 +165,13 @@ class Buckets:
 
     def read(self, bucket: int, memory: Reused) -> np.ndarray:
         """A bucket's rows, NUMBERED, as they came; they lie in `memory`."""
-        path = self.paths[bucket]
+        crew, path = self.crew, self.paths[bucket]
         numbered = memory.empty((path.stat().st_size // NUMBERED.itemsize,), NUMBERED)
+        view = memoryview(numbered.view(np.uint8))
+        share = max(READ_BYTES, -(-len(view) // crew.threads))
         with open(path, "rb", buffering=0) as file:
-            view = memoryview(numbered.view(np.uint8))
-            while view and (count := file.readinto(view)):
-                view = view[count:]
+            begins = range(0, len(view), share)
+            crew.run([partial(_read_at, file.fileno(), view[begin : begin + share], begin) for begin in begins])
         return numbered
 
     def whole(
@@ -178,6 +194,12 @@ class Buckets:
         """Close the bucket files."""
         for file in self._files:
             file.close()
+
+
+def _read_at(descriptor: int, view: memoryview, begin: int) -> None:
+    """Fill the view with what a file holds from byte `begin` on, as far as it goes."""
+    while view and (count := os.preadv(descriptor, [view], begin)):
+        view, begin = view[count:], begin + count
 
 
 def _cut_back(path: Path, kept: np.ndarray) -> int:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from isal import isal_zlib
 from tqdm import tqdm
 
+from gpu_etl import codecs
 from gpu_etl.errors import DataError
 
 BLOCK_BYTES = 1 << 20
@@ -82,7 +82,7 @@ def checksum(path: Path, size: int, progress=lambda count: None) -> str:
     crc32, buffer = 0, memoryview(bytearray(BLOCK_BYTES))
     with open(path, "rb", buffering=0) as file:
         while size and (count := file.readinto(buffer[:size])):
-            crc32 = isal_zlib.crc32(buffer[:count], crc32)
+            crc32 = codecs.crc32(buffer[:count], crc32)
             size -= count
             progress(count)
     return f"{crc32:08x}"

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from isal import isal_zlib
 
+from gpu_etl.codecs import crc32
 from gpu_etl.errors import WorkDamagedError
 from gpu_etl.schema import COLUMNS, RECORD_BYTES, RECORD_DTYPE, SPARSE
 
@@ -32,12 +32,14 @@ def words_of(numbered: np.ndarray) -> np.ndarray:
 
 
 def append(file: BinaryIO, array: np.ndarray) -> None:
-    """Append a contiguous array to a file opened for it; it is with the kernel on return, or OSError was raised.
+    """Append a contiguous array to a file opened for it, unbuffered; it is with the kernel on return, or OSError was
+    raised. All bytes of work files and splits that one process writes go through here.
 
     ndarray.tofile leaves the last bytes in a buffer of C, and says nothing where a full disk does not take them.
     """
-    file.write(array)
-    file.flush()
+    view = memoryview(array.reshape(-1).view(np.uint8))
+    while view:
+        view = view[file.write(view) :]
 
 
 def open_cut(path: Path, size: int) -> BinaryIO:
@@ -50,7 +52,7 @@ def open_cut(path: Path, size: int) -> BinaryIO:
             "machine stop?)"
         )
     os.truncate(path, size)
-    return open(path, "ab")
+    return open(path, "ab", buffering=0)
 
 
 class Spill:
@@ -64,7 +66,7 @@ class Spill:
         self.folder = folder
         self._files = [open_cut(folder / f"rows_{day}", rows * RECORD_BYTES) for day, rows in enumerate(kept)]
         self._key_file = open_cut(folder / KEYS, keys * KEY.itemsize)
-        self.keys_crc = isal_zlib.crc32(np.fromfile(folder / KEYS, np.uint8))
+        self.keys_crc = crc32(np.fromfile(folder / KEYS, np.uint8))
 
     def add(self, day: int, coded: np.ndarray) -> None:
         """Append rows int32 [n, 40], C-contiguous, of a day. They are with the kernel on return."""
@@ -86,7 +88,7 @@ class Spill:
         columns = np.repeat(np.arange(SPARSE, dtype=KEY), [len(column) for column in keys])
         stored = columns << 32 | np.concatenate(keys)
         append(self._key_file, stored)
-        self.keys_crc = isal_zlib.crc32(stored, self.keys_crc)
+        self.keys_crc = crc32(stored, self.keys_crc)
         return len(columns)
 
     def keys(self) -> list[np.ndarray]:

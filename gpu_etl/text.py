@@ -15,9 +15,9 @@ from types import ModuleType
 from typing import NamedTuple
 
 import numpy as np
-from isal.isal_zlib import crc32
 
 from gpu_etl import crc, faults
+from gpu_etl.codecs import crc32
 from gpu_etl.errors import DataError
 from gpu_etl.memory import Pool, Reused
 from gpu_etl.prefetch import in_order, nothing

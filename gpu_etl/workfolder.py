@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from gpu_etl import formats, manifest, vocabulary
+from gpu_etl import backend, formats, manifest, vocabulary
 from gpu_etl.errors import DataError, KeepWorkError, WorkDamagedError
 from gpu_etl.extract import Source
 from gpu_etl.integrity import identity, read_json, write_json
@@ -31,11 +31,15 @@ Result = TypeVar("Result")
 
 
 def describe_job(sources: list[Source], settings: Settings) -> dict:
-    """What makes an unfinished run the same run: not what is done about bad rows, as there were none so far."""
+    """What makes an unfinished run the same run: not what is done about bad rows, as there were none so far.
+
+    A bucket of the shuffle suits the device, or a task where there are many, on any device.
+    """
+    size = backend.bucket_bytes("cpu" if settings.on_cluster else settings.device)
     return {
         "settings": without_bad_rows(settings.shaping()),
         "sources": [{"file": source.path.name, "bytes": source.size} for source in sources],
-        "buckets": bucket_count(guess_rows(sources, settings.preset)) if settings.shuffle else 0,
+        "buckets": bucket_count(guess_rows(sources, settings.preset), size) if settings.shuffle else 0,
         "cluster": settings.on_cluster,
     }
 
@@ -93,6 +97,7 @@ def prepare(out: Path, job: dict, sources: list[Source], settings: Settings) -> 
     except WorkDamagedError:
         return work  # begin() says so
     if there is not None:
+        job["buckets"] = there.get("buckets", job["buckets"])  # whatever suits this device
         different = [key for key in job if there.get(key) != job[key]]
         if different:
             raise DataError(

@@ -19,17 +19,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from isal import isal_zlib
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from model import atomic
+from model.checksum import crc32
 from model.dlrm import DLRM
 from model.state import STATE, VERSION, CheckpointError, FileEntry, Optimizers, ScaleState, State, read_state
 from model.table_files import Stored, StoredError, name_of, on_every_rank, parts_of
 
 MLPS = "mlps.safetensors"
-BLOCK = 1 << 20
 STEP_FOLDER = re.compile(r"step_(\d+)")
 RUN_FOLDERS = "run_*"  # within an --output_dir that is another run's (runs.py)
 # What torch's optimisers of the MLPs remember of a parameter, by our names for them.
@@ -57,16 +56,8 @@ def _files(trainer, rank: int, world: int) -> dict[str, dict[str, torch.Tensor]]
     return {MLPS: _mlp_tensors(model), **files}
 
 
-def _crc32(path: Path) -> str:
-    crc32 = 0
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            crc32 = isal_zlib.crc32(block, crc32)
-    return f"{crc32:08x}"
-
-
 def _describe(path: Path) -> FileEntry:
-    return FileEntry(path.stat().st_size, _crc32(path))
+    return FileEntry(path.stat().st_size, crc32(path))
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
 """What a training run leaves to read: JSON lines, TensorBoard events, MLPerf's log, a plot."""
 
+import importlib.util
 import json
 import math
 import time
 from dataclasses import asdict
 from pathlib import Path
 
+from model.config import ConfigError
 from model.metrics import Metrics
 from model.mlperf_log import MLPerfLog
 
@@ -32,6 +34,9 @@ class RunLog:
         self._mlperf, self._run = mlperf, run
         self._lines = self._board = None
         if folder is not None:
+            for package in ("tensorboard", "matplotlib"):  # before the training, not after it
+                if importlib.util.find_spec(package) is None:
+                    raise ConfigError(f"--log_dir: the package {package} is missing: pip install {package}")
             from torch.utils.tensorboard import SummaryWriter  # half a second that other runs need not wait for
 
             if any(event.get("run") != run for event in read_lines(folder / LINES)):

@@ -17,4 +17,6 @@ def explain(error: BaseException) -> tuple[int, str]:
         return 130, "interrupted"
     if isinstance(error, OSError):
         return 1, f"error: {error.filename or ''}: {error.strerror or error}"
+    if isinstance(error, ModuleNotFoundError):
+        return 1, f"error: the package {error.name} is missing: pip install {error.name}"
     return 1, f"error: {error}"

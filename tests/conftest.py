@@ -5,9 +5,20 @@ from pathlib import Path
 
 import pytest
 
+from gpu_etl.packages import install_command, is_there
 from tests.reference import write_rows
 
 ROOT = Path(__file__).parent.parent
+
+
+def needs(module: str) -> pytest.MarkDecorator:
+    """Skips a test, visibly, where a package is not installed."""
+    return pytest.mark.skipif(not is_there(module), reason=f"no {module}: {install_command(module)}")
+
+
+def loader_params(kinds: list[type]) -> list:
+    """Kinds of loaders as a test's parameters, of which DALI's is skipped where there is no DALI."""
+    return [pytest.param(kind, marks=needs("nvidia.dali") if kind.name == "DALI" else ()) for kind in kinds]
 
 
 def pytest_collection_modifyitems(items):

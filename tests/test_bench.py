@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import polars_peer, train, train_limits, train_peers
+from bench import train, train_limits, train_peers
 from gpu_etl.load.batch import Batch
 from gpu_etl.pipeline import Settings, encode_days
 from gpu_etl.schema import SPLITS, split_file
@@ -34,8 +34,8 @@ SMALL = {
 
 @pytest.mark.parametrize("name", SMALL)
 def test_last_line_is_json_with_the_machine(name, tmp_path):
-    if name == "step_kernels":
-        pytest.importorskip("triton", reason="no triton: pip install -r requirements-dev.txt")
+    for package in {"step_kernels": ["triton"], "load": ["nvidia.dali"], "workers": ["distributed"]}.get(name, []):
+        pytest.importorskip(package)
     model = tmp_path / "model.json"
     model.write_text(json.dumps({
         "num_numerical_features": 13, "categorical_feature_sizes": [50] * 26, "bottom_mlp_sizes": [8],
@@ -70,6 +70,7 @@ def test_last_line_is_json_with_the_machine(name, tmp_path):
 
 
 def test_the_polars_peer_does_the_same_work(tmp_path):
+    polars_peer = pytest.importorskip("bench.polars_peer", exc_type=ModuleNotFoundError)
     write_days(tmp_path, rows=6000, days=3, seed=2, compress=False)
     days = [tmp_path / f"day_{day}" for day in range(3)]
     encode_days(days, tmp_path / "set", Settings(shuffle=False))
@@ -120,3 +121,14 @@ def test_peers_train_the_same_model(name):
         assert peer.step(batch).item() == pytest.approx(mine.step(batch).item(), rel=1e-5)
     for ours, part in zip(mine.model.embedding.tables(), theirs, strict=True):
         torch.testing.assert_close(part, ours, rtol=1e-4, atol=1e-5)
+
+
+def test_stages_of_an_encode_and_what_limits_it():
+    from bench.etl_stages import measure, predict
+
+    found = measure(rows=2000, repeat=1)
+    assert all(rate > 0 for rates in found["stages_text_gigabytes_per_second"].values() for rate in rates.values())
+    rates = dict.fromkeys(found["stages_text_gigabytes_per_second"], 4.0)
+    told = predict(rates | {"write buckets": 1.0, "sha256 of records": 3.0})
+    assert told["limited_by"] == {"count": "write buckets", "encode": "sha256 of records"}
+    assert told["passes"] == {"count": 5.0, "encode": 3.0}

@@ -9,6 +9,7 @@ import dist_train
 import train
 from gpu_etl.pipeline import Settings, encode_days
 from model.schedule import Schedule
+from tests.conftest import needs
 from tests.ranks import run_main
 
 # Three validation tests, two epochs with a tail of 33 rows; the plan has every kind of placement.
@@ -102,7 +103,10 @@ def mixed_plan(config_sizes, world, dim=16):
     return {"version": 1, "world": world, "dim": dim, "tables": tables}
 
 
-@pytest.mark.parametrize(("world", "others"), [(1, []), (3, []), (2, ["--nouse_embedding_ext", "--loader", "dali"])])
+THE_OTHER_WAY = pytest.param(2, ["--nouse_embedding_ext", "--loader", "dali"], marks=needs("nvidia.dali"))
+
+
+@pytest.mark.parametrize(("world", "others"), [(1, []), (3, []), THE_OTHER_WAY])
 def test_same_curve_metrics_and_weights(folder, tmp_path, whole, world, others):
     sizes = json.loads((folder / "manifest.json").read_text())["table_sizes"]
     (tmp_path / "plan.json").write_text(json.dumps(mixed_plan(sizes, world)))

@@ -13,7 +13,7 @@ import pytest
 import train
 from gpu_etl.load import dataset
 from gpu_etl.pipeline import Settings, encode_days
-from tests.conftest import ROOT
+from tests.conftest import ROOT, needs
 
 FLAGS = [
     "--batch_size", "32", "--test_batch_size", "200", "--lr", "0.01", "--warmup_steps", "5", "--auc_threshold", "1",
@@ -91,6 +91,7 @@ def whole(folder, tmp_path_factory):
     return ends
 
 
+@needs("nvidia.dali")
 @pytest.mark.parametrize(
     ("fault", "loader"), [("truncated", "cpu"), ("truncated", "dali_rows"), ("disk", "rows"), ("thread", "dali")]
 )
@@ -117,6 +118,7 @@ def test_a_reader_that_leaves_without_a_word_is_no_hang(folder, tmp_path):
     assert done.returncode != 0 and "the thread is gone" in done.stderr and not done.stdout
 
 
+@needs("nvidia.dali")
 def test_all_loaders_and_caches_train_alike(folder, tmp_path, whole, capsys):
     for name, more in (("a", ["--loader", "dali"]), ("b", ["--cache", "device"])):
         for loader in ("cpu", "rows"):

@@ -1,17 +1,14 @@
 """What can be done with a trained model: predict, inference_benchmark, export; and the logs of a run."""
 
+import gzip
 import json
 import subprocess
 import sys
 
 import numpy as np
-import onnx
 import pyarrow.parquet as pq
 import pytest
 import torch
-from isal import igzip
-from onnx.reference import ReferenceEvaluator
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
 from gpu_etl.load.cpu import CpuLoader
@@ -20,7 +17,7 @@ from gpu_etl.pipeline import Settings, encode_days
 from gpu_etl.schema import PRESETS
 from gpu_etl.synthetic import write_days
 from model import logs
-from tests.conftest import ROOT
+from tests.conftest import ROOT, needs
 
 MODEL = ["--model_config", "criteo_kaggle_tiny"]
 QUICK = [*MODEL, "--batch_size", "64", "--lr", "0.05", "--warmup_steps", "2", "--auc_threshold", "1"]
@@ -56,7 +53,7 @@ def test_scores_of_a_raw_day_are_those_of_the_encoded_one(trained, day_files, tm
     folder, checkpoint = trained
     expected = np.concatenate([split_scores(folder, checkpoint, split) for split in ("test", "val")])
     packed = tmp_path / "day.gz"
-    packed.write_bytes(igzip.compress(day_files[2].read_bytes()))
+    packed.write_bytes(gzip.compress(day_files[2].read_bytes()))
     for source in (day_files[2], packed):
         words = ["--mode", "predict", "--ckpt", checkpoint, "--input", source, "--output", tmp_path / "s.parquet"]
         status, result, _ = run(capsys, "--dataset", folder, *MODEL, *words)
@@ -144,6 +141,7 @@ def test_inference_benchmark(trained, capsys):
         assert found["samples_per_second"] == pytest.approx(found["batch_size"] / found["latency_p50"], rel=0.9)
 
 
+@needs("onnxscript")
 def test_exported_models_give_the_same_scores(trained, tmp_path, capsys):
     folder, checkpoint = trained
     expected = split_scores(folder, checkpoint, "test")
@@ -155,14 +153,17 @@ def test_exported_models_give_the_same_scores(trained, tmp_path, capsys):
     program = torch.export.load(tmp_path / "model.pt2").module()
     np.testing.assert_allclose(program(batch.dense, batch.sparse).detach(), expected, rtol=1e-5)
     np.testing.assert_allclose(program(batch.dense[:1], batch.sparse[:1]).detach(), expected[:1], rtol=1e-5)
+    onnx = pytest.importorskip("onnx")
     onnx.checker.check_model(str(tmp_path / "model.onnx"))
-    session = ReferenceEvaluator(str(tmp_path / "model.onnx"))
+    session = pytest.importorskip("onnx.reference").ReferenceEvaluator(str(tmp_path / "model.onnx"))
     (found,) = session.run(None, {"dense": batch.dense.numpy(), "sparse": batch.sparse.numpy()})
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     status, _, said = run(capsys, "--dataset", folder, *MODEL, *words[:-1], tmp_path / "model.h5")
     assert status == 1 and "expected a name that ends in .pt2" in said
 
 
+@needs("tensorboard")
+@needs("matplotlib")
 def test_logs_of_a_run_and_of_the_one_that_goes_on(trained, tmp_path, capsys):
     folder, _ = trained
     words = ["--dataset", folder, *QUICK, "--test_freq", 5, "--print_freq", 4, "--log_dir", tmp_path / "log"]
@@ -175,7 +176,8 @@ def test_logs_of_a_run_and_of_the_one_that_goes_on(trained, tmp_path, capsys):
     assert events[1]["auc"] == result["validation"][0]["auc"] and events[-1]["auc"] == result["test"]["auc"]
     assert events[0]["lr"] == 0.05 and 0 < events[0]["loss"] < 2 and events[0]["samples_per_second"] > 0
     assert (tmp_path / "log" / logs.CURVES).read_bytes()[:4] == b"\x89PNG"
-    board = EventAccumulator(str(tmp_path / "log")).Reload()
+    events_of = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator").EventAccumulator
+    board = events_of(str(tmp_path / "log")).Reload()
     assert [point.step for point in board.Scalars("val/auc")] == [5, 10]
     assert "test        AUC" in said and "waiting for data" in said
     assert sum(result["time_shares"].values()) == pytest.approx(1, abs=0.01)
@@ -210,6 +212,7 @@ def compliance(path):
     return done.returncode == 0 and "SUCCESS" in done.stdout + done.stderr
 
 
+@needs("mlperf_logging")
 @pytest.mark.parametrize("threshold", [0.8025, 0.9999])
 def test_mlperf_log_passes_the_compliance_checker_where_the_target_was_reached(learnable, tmp_path, capsys, threshold):
     status, result, _ = run(

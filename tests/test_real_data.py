@@ -1,10 +1,10 @@
 """Real Criteo rows, from text to AUC."""
 
+import gzip
 from pathlib import Path
 
 import numpy as np
 import pytest
-from isal import igzip
 
 import train
 from gpu_etl.pipeline import Settings, encode_days
@@ -20,7 +20,7 @@ def folder(samples, tmp_path_factory) -> Path:
 
 
 def test_seven_days_of_the_kaggle_rows(samples, folder):
-    text = igzip.decompress((samples / "criteo_kaggle_137k.tsv.gz").read_bytes())
+    text = gzip.decompress((samples / "criteo_kaggle_137k.tsv.gz").read_bytes())
     rows = reference.read_rows(text)
     words = reference.vocabularies(rows, "mlperf")
     test = np.fromfile(folder / "terabyte_processed_test.bin", np.int32).reshape(-1, 40)

@@ -10,7 +10,7 @@ import pytest
 import train
 from gpu_etl.pipeline import Settings, encode_days
 from gpu_etl.schema import choose_preset
-from tests.conftest import ROOT
+from tests.conftest import ROOT, needs
 
 QUICK = ["--batch_size", "64", "--test_batch_size", "100", "--lr", "0.1", "--warmup_steps", "2", "--auc_threshold", "1"]
 
@@ -54,6 +54,7 @@ def test_the_ancestors_command_line(folder, tmp_path, capsys):
     assert "the warm-up of 2750 steps outlasts the run of 2" in words and "never reached in 2 steps" in words
 
 
+@needs("nvidia.dali")
 def test_fused_and_torch_embeddings_and_both_loaders_train_alike(folder, capsys):
     results = [
         run(capsys, "--dataset", folder, *QUICK, *more)[1]["test"]

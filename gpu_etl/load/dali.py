@@ -11,11 +11,11 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 
 import torch
-from nvidia.dali import fn, pipeline_def, types
 
 from gpu_etl.load.batch import Batch
 from gpu_etl.load.loader import BlockReader, Loader, Slot, Unpacking, unpacked
 from gpu_etl.load.order import Unit
+from gpu_etl.packages import require
 
 THREADS = 2
 
@@ -29,19 +29,26 @@ class _Feed:
         return next(self.blocks)
 
 
-@pipeline_def
-def _pass_on(feed: _Feed, to_gpu: bool):
-    block = fn.external_source(source=feed, batch=True, no_copy=True, dtype=types.INT32, ndim=2)
-    return block.gpu() if to_gpu else block
+def _pass_on(feed: _Feed, to_gpu: bool, **settings):
+    """A pipeline that hands blocks on; settings: DALI's own, of any pipeline."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def(**settings)
+    def pass_on():
+        block = fn.external_source(source=feed, batch=True, no_copy=True, dtype=types.INT32, ndim=2)
+        return block.gpu() if to_gpu else block
+
+    return pass_on()
 
 
 class DaliLoader(Loader):
-    """Same interface and batches as CpuLoader."""
+    """Same interface and batches as CpuLoader. Raises DataError where DALI is not installed."""
 
     name = "DALI"
 
-    def __init__(self, *arguments, **more):
-        super().__init__(*arguments, **more)
+    def __init__(self, *settings, **more):
+        require("nvidia.dali", "--loader dali", "--loader cpu, which gives the same batches")
+        super().__init__(*settings, **more)
         self._spare_pipelines: list[tuple] = []
 
     def __str__(self) -> str:

@@ -45,7 +45,8 @@ class Loader:
             self.ranges = self.order.ranges
         self._memory, self._spare_slots = Memory(), deque()
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        self._bounds = DeviceBounds(source.ends, self.device) if self._stream else None
+        with torch.cuda.stream(self._stream):  # which alone works with them; None: no stream at all
+            self._bounds = DeviceBounds(source.ends, self.device) if self._stream else None
 
     def __len__(self) -> int:
         return len(self.order)
@@ -76,9 +77,9 @@ class Loader:
         GPU; on a CPU such values never become batches."""
         if not self._bounds:
             return
-        self._stream.synchronize()
-        if not self._bounds.wrong.item():
-            return
+        with torch.cuda.stream(self._stream):
+            if not self._bounds.wrong.item():
+                return
         for begin in range(0, self.source.rows, CHECK_ROWS):
             self.source.refuse(begin, min(begin + CHECK_ROWS, self.source.rows))
         raise self.source.changed()

@@ -42,7 +42,8 @@ class RawDay:
         (self._source,) = open_sources([path])
         manifest = Manifest.read(folder)
         check_vocabulary(folder, manifest)
-        self._preset, words = manifest.preset(), Vocabulary.load(folder)
+        self._preset = manifest.preset()
+        words = Vocabulary.load(folder)
         self._lookup, self._popular = words.lookup(), words.popular()
         self.labelled = self._has_labels()
 

@@ -19,7 +19,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpu_etl import cpu, encoding, shuffle
+from gpu_etl import cpu, encoding
 from gpu_etl.errors import DataError
 from gpu_etl.pipeline import Settings, encode_days
 from gpu_etl.verify import verify
@@ -162,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     cpu.ENCODE_ROWS = encoding.SCATTER_ROWS = STEP
-    shuffle.BUCKET_BYTES = BUCKET
+    cpu.BUCKET_BYTES = BUCKET
     found = {}
     for case in CASES:
         for work in (True, False):

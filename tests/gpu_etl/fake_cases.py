@@ -29,7 +29,6 @@ from gpu_etl import (
     memory,
     pipeline,
     prefetch,
-    shuffle,
 )
 from gpu_etl.errors import DataError
 from gpu_etl.pipeline import Settings, encode_days
@@ -270,7 +269,7 @@ def seeded_pinned() -> None:
         return lambda: time.sleep(0.3) or wait()  # a device that is behind, and a reader that is not
 
     cuda.Finisher.finish = finish
-    shuffle.BUCKET_BYTES = cuda.BUCKET_BYTES = 1 << 10
+    cpu.BUCKET_BYTES = cuda.BUCKET_BYTES = 1 << 10
     with days(60, 2) as paths, suppress(AssertionError):
         agrees_with_the_cpu(paths, keep_on_device=False)
     found("pinned memory changed before it was copied")

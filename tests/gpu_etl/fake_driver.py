@@ -24,6 +24,7 @@ from types import SimpleNamespace
 import numba.cuda.dispatcher as dispatcher
 import numpy as np
 from cuda.bindings import driver as bindings
+from numba import cuda
 from numba.cuda.cudadrv import devicearray, devices
 from numba.cuda.cudadrv import driver as driver_module
 from numba.cuda.simulator.kernel import FakeCUDAKernel
@@ -300,8 +301,6 @@ class FakeStream:
 
 def _argsort(array):
     """cupy.argsort of what cupy.ndarray made: a device array of Numba's here, which cuda.as_cuda_array hands on."""
-    from numba import cuda
-
     count, address = array
     found = cuda.device_array(count, np.int64)
     keys = np.ndarray(count, np.uint64, buffer=(ctypes.c_byte * (8 * count)).from_address(address))
@@ -367,6 +366,6 @@ def install() -> None:
     device = type("Device", (), facts)()
     context = driver_module.Context(device, bindings.CUcontext(77))
     gpu = SimpleNamespace(id=0, compute_capability=(9, 0), device=device, get_primary_context=lambda: context)
-    devices._runtime.gpus = devices.gpus = [gpu]
+    devices._runtime.gpus = devices.gpus = cuda.gpus = [gpu]
     dispatcher.CUDADispatcher.call = _launch
     dispatcher.CUDADispatcher.compile = _compile

@@ -10,10 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("dask.distributed")
 from dask.distributed import LocalCluster
 
 from gpu_etl import cluster as cluster_module
-from gpu_etl import formats, parts, shuffle
+from gpu_etl import cpu, formats, parts
 from gpu_etl.__main__ import main
 from gpu_etl.errors import DataError
 from gpu_etl.pipeline import Settings, encode_days
@@ -50,7 +52,7 @@ def cluster():
 
 @pytest.fixture(autouse=True)
 def small_buckets(monkeypatch):
-    monkeypatch.setattr(shuffle, "BUCKET_BYTES", 20_000)
+    monkeypatch.setattr(cpu, "BUCKET_BYTES", 20_000)
 
 
 def digests(folder):
@@ -218,7 +220,7 @@ def test_damaged_work_of_workers_is_made_anew(four_days, cluster, tmp_path, monk
     with pytest.raises(DataError, match="not a fault of the disk"):
         encode_days(four_days, tmp_path / "set", settings)
     monkeypatch.undo()
-    monkeypatch.setattr(shuffle, "BUCKET_BYTES", 20_000)
+    monkeypatch.setattr(cpu, "BUCKET_BYTES", 20_000)
     change(tmp_path / "set" / ".work" / name)
     encode_days(four_days, tmp_path / "set", settings)
     assert digests(tmp_path / "set") == digests(tmp_path / "whole")
@@ -235,7 +237,7 @@ def test_a_day_that_changed_between_two_runs_of_a_cluster(four_days, cluster, tm
     with pytest.raises(DataError, match="not a fault of the disk"):
         encode_days(days, tmp_path / "set", settings)
     monkeypatch.undo()
-    monkeypatch.setattr(shuffle, "BUCKET_BYTES", 20_000)
+    monkeypatch.setattr(cpu, "BUCKET_BYTES", 20_000)
     text = Path(days[1]).read_bytes()
     Path(days[1]).write_bytes(text.replace(b"\n0\t", b"\n1\t", 1))
     encode_days(days, tmp_path / "set", settings)

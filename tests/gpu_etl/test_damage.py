@@ -24,7 +24,7 @@ TRAIN = "terabyte_processed_train.bin"
 def small_steps(monkeypatch):
     monkeypatch.setattr(cpu, "ENCODE_ROWS", STEP)
     monkeypatch.setattr(encoding, "SCATTER_ROWS", STEP)
-    monkeypatch.setattr(shuffle, "BUCKET_BYTES", BUCKET)
+    monkeypatch.setattr(cpu, "BUCKET_BYTES", BUCKET)
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from tests.conftest import ROOT
 from tests.gpu_etl.test_cuda import CASES
 
 WHOLE = [
-    "seeds", "too_many_workers", "kept_rows", "more_rows_than_expected", "a_killed_run_begins_anew", "two_readers", "workers",
-    "steady_state", "steady_state_of_kept_rows", "rules",
+    "seeds", "too_many_workers", "kept_rows", "more_rows_than_expected", "a_killed_run_begins_anew", "two_readers",
+    "workers", "steady_state", "steady_state_of_kept_rows", "rules",
 ]  # fmt: skip
 SEEDED = ["seeded_stream_handle", "seeded_types", "seeded_streams", "seeded_context", "seeded_pinned"]
 

@@ -13,6 +13,7 @@ from gpu_etl.load.cpu import CpuLoader
 from gpu_etl.load.dali import DaliLoader
 from gpu_etl.load.dataset import open_dataset
 from gpu_etl.manifest import Manifest
+from tests.conftest import loader_params, needs
 
 CPU = torch.device("cpu")
 LOADERS = [CpuLoader, DaliLoader]
@@ -55,7 +56,7 @@ def batches(folder, split, loader, **more):
     return list(loader(open_dataset(folder, "auto").splits[split], 64, CPU, **more).batches())
 
 
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("loader", loader_params(LOADERS))
 @pytest.mark.parametrize("form", ["records", "dist"])
 def test_unlogged_forms_give_the_batches_of_the_records(tmp_path, form, loader):
     """Integers to 2^31 - 1. Above 2^24 "dist" no longer holds them exactly, as float32; but batches are float32 too,
@@ -80,6 +81,7 @@ def test_dle_is_logged_and_within_half_precision(tmp_path, split):
     np.testing.assert_allclose(dense.numpy(), expected, rtol=2**-11)
 
 
+@needs("nvidia.dali")
 @pytest.mark.parametrize("form", FORMS)
 def test_both_loaders_give_the_same_bits(tmp_path, form):
     write_set(form, tmp_path, limit=1 << 31)

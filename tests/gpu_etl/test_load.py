@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from gpu_etl.errors import DataError
-from gpu_etl.load import dali
+from gpu_etl.load import dali as dali_module
 from gpu_etl.load.batch import batch_ranges
 from gpu_etl.load.cpu import CpuLoader
 from gpu_etl.load.dali import DaliLoader
 from gpu_etl.load.dataset import open_dataset
 from gpu_etl.pipeline import Settings, encode_days
+from tests.conftest import loader_params, needs
 
 CPU = torch.device("cpu")
 LOADERS = [CpuLoader, DaliLoader]
@@ -29,7 +30,7 @@ def raw(folder, split="train"):
     return np.fromfile(folder / f"terabyte_processed_{split}.bin", np.int32).reshape(-1, 40)
 
 
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("loader", loader_params(LOADERS))
 @pytest.mark.parametrize("batch_size", [1000, 801, 100, 7])
 def test_batches_are_the_records(folder, loader, batch_size):
     batches = list(loader(open_dataset(folder).splits["train"], batch_size, CPU).batches())
@@ -47,6 +48,7 @@ def test_batches_are_the_records(folder, loader, batch_size):
     np.testing.assert_allclose(torch.cat([batch.dense for batch in batches]).numpy(), expected, rtol=3e-7)
 
 
+@needs("nvidia.dali")
 @pytest.mark.parametrize("batch_size", [801, 128, 33])
 @pytest.mark.parametrize("start", [0, 3])
 def test_both_loaders_give_the_same_bits(folder, batch_size, start):
@@ -55,13 +57,14 @@ def test_both_loaders_give_the_same_bits(folder, batch_size, start):
         pairs = zip(
             *(list(loader(source, batch_size, CPU, True, 5).batches(epoch, start)) for loader in LOADERS), strict=True
         )
-        for plain, dali in pairs:
-            assert all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(plain, dali, strict=True))
+        for one, other in pairs:
+            assert all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(one, other, strict=True))
 
 
+@needs("nvidia.dali")
 def test_dali_builds_its_pipeline_once(folder, monkeypatch):
-    built, real = [], dali._pass_on
-    monkeypatch.setattr(dali, "_pass_on", lambda *words, **more: built.append(1) or real(*words, **more))
+    built, real = [], dali_module._pass_on
+    monkeypatch.setattr(dali_module, "_pass_on", lambda *words, **more: built.append(1) or real(*words, **more))
     data = open_dataset(folder).splits["train"]
     loader, plain = DaliLoader(data, 33, CPU, shuffle=True), CpuLoader(data, 33, CPU, shuffle=True)
     for epoch in range(3):
@@ -76,7 +79,7 @@ def test_dali_builds_its_pipeline_once(folder, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("loader", loader_params(LOADERS))
 def test_a_batch_outlives_the_next_ones(folder, loader):
     source = open_dataset(folder).splits["train"]
     kept = list(loader(source, 50, CPU).batches())
@@ -93,7 +96,7 @@ def test_epochs_seeds_and_positions():
     assert short[-1] == (50, 57) and sorted(short) == batch_ranges(57, 10, False, 0, 0)
 
 
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("loader", loader_params(LOADERS))
 def test_position_is_epoch_and_number(folder, loader):
     reader = loader(open_dataset(folder).splits["train"], 64, CPU, True, 2)
     whole, rest = list(reader.batches(1)), list(reader.batches(1, start=5))
@@ -115,6 +118,7 @@ def small_records(folder):
     return records
 
 
+@needs("nvidia.dali")
 def test_split_form_reads_as_the_records_do(folder, tmp_path):
     records = small_records(folder)
     for split in ("train", "test"):

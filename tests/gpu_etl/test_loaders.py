@@ -19,7 +19,7 @@ from gpu_etl.load.order import Order
 from gpu_etl.load.resident import ResidentLoader
 from gpu_etl.load.unpack import Memory, Unpacker, empty_block, unpack_block
 from gpu_etl.pipeline import Settings, encode_days
-from tests.conftest import ROOT
+from tests.conftest import ROOT, loader_params, needs
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 LOADERS = [CpuLoader, DaliLoader, ResidentLoader]
@@ -94,7 +94,7 @@ def test_the_forms_hold_what_was_written(source):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("kind", loader_params(LOADERS))
 @pytest.mark.parametrize(
     ("batch_size", "more"),
     [
@@ -155,7 +155,7 @@ def test_every_log_in_the_table_and_around_it_is_torchs():
     assert torch.equal(found.dense.view(-1), expected)
 
 
-@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("kind", loader_params(LOADERS))
 def test_batches_can_be_saved(source, kind, tmp_path):
     batch = next(kind(source, 40, torch.device("cpu")).batches())
     torch.save(tuple(batch), tmp_path / "batch.pt")
@@ -177,7 +177,7 @@ def test_memory_is_used_again_only_when_nobody_holds_the_batch():
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kind", [CpuLoader, DaliLoader])
+@pytest.mark.parametrize("kind", loader_params([CpuLoader, DaliLoader]))
 @pytest.mark.parametrize("buffer", [0, 400])
 def test_a_slot_given_back_is_not_read_any_more(source, kind, buffer, device, monkeypatch):
     """Poison: what a slot holds is overwritten as soon as it may be filled again, as a fast reader would do."""
@@ -205,7 +205,7 @@ def test_a_slot_given_back_is_not_read_any_more(source, kind, buffer, device, mo
 
 
 @pytest.mark.parametrize("ahead", [1, 2, 5])
-@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("kind", loader_params(LOADERS))
 def test_any_number_of_batches_ahead(source, kind, ahead, monkeypatch):
     monkeypatch.setattr("gpu_etl.load.order.UNIT_ROWS", 200)
     readers = [kind(source, 100, torch.device("cpu"), True, ahead=depth) for depth in (ahead, 3)]
@@ -213,7 +213,7 @@ def test_any_number_of_batches_ahead(source, kind, ahead, monkeypatch):
         assert torch.equal(a.sparse, b.sparse)
 
 
-@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("kind", loader_params(LOADERS))
 @pytest.mark.parametrize("buffer", [0, 3000])
 def test_a_rank_without_rows_in_the_last_batch_takes_the_step_all_the_same(source, kind, buffer, monkeypatch):
     monkeypatch.setattr("gpu_etl.load.order.UNIT_ROWS", 0)  # so that the empty share is read by itself
@@ -234,7 +234,7 @@ def test_a_split_that_does_not_fit_is_told(source, monkeypatch):
         ResidentLoader(source, 10, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("kind", LOADERS)
+@pytest.mark.parametrize("kind", loader_params(LOADERS))
 def test_closing_a_loader_early_ends_its_thread(source, kind):
     import threading
 
@@ -268,7 +268,12 @@ print(*marks)
 """
 
 
-@pytest.mark.parametrize(("kind", "buffer"), [("cpu", 0), ("cpu", 4096), ("dali", 4096), ("resident", 0)])
+MEMORY_CASES = [
+    ("cpu", 0), ("cpu", 4096), pytest.param("dali", 4096, marks=needs("nvidia.dali")), ("resident", 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "buffer"), MEMORY_CASES)
 def test_memory_does_not_grow_over_a_thousand_batches(tmp_path, kind, buffer):
     records = make_records(60_000)
     for name in ("train", "test"):
@@ -322,6 +327,7 @@ def test_what_is_wrong_with_npy_days_is_told(tmp_path, change, words):
         open_dataset(tmp_path, "auto")
 
 
+@needs("nvidia.dali")
 def test_encoded_days_by_every_loader(day_files, tmp_path):
     encode_days(day_files, tmp_path, Settings())
     source = open_dataset(tmp_path).splits["train"]

@@ -29,7 +29,9 @@ from gpu_etl.pipeline import Settings
 
 point, torn, out, *days = sys.argv[1:]
 cpu.ENCODE_ROWS = encoding.SCATTER_ROWS = int(os.environ["STEP"])
-shuffle.BUCKET_BYTES = int(os.environ["BUCKET"])
+cpu.BUCKET_BYTES = int(os.environ["BUCKET"])
+cpu.CORES_PER_WRITER = 1 / int(os.environ["WRITERS"])  # of the one thread that is asked for
+cpu.CORES_PER_READER = 1 / int(os.environ["WRITERS"])
 calls = 0
 lock = threading.Lock()
 
@@ -53,16 +55,16 @@ deadly(shuffle.Buckets, "add", lambda self, numbered, ends: (self, numbered, end
 deadly(formats.SplitWriter, "write", lambda self, records: (self, records[: len(records) // 2]))
 deadly(journal.Journal, "record")
 deadly(Path, "rename")
-settings = Settings(slab_bytes=20_000, seed=5, form=os.environ["FORM"])
+settings = Settings(slab_bytes=20_000, seed=5, form=os.environ["FORM"], threads=1)
 pipeline.encode_days([Path(day) for day in days], Path(out), settings)
 print(calls)
 """
 
 
-def killed_run(point, torn, out, days, form="records"):
+def killed_run(point, torn, out, days, form="records", writers=1):
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(point), torn, str(out), *map(str, days)],
-        cwd=ROOT, env=os.environ | {"FORM": form, "STEP": str(STEP), "BUCKET": str(BUCKET)},
+        cwd=ROOT, env=os.environ | {"FORM": form, "STEP": str(STEP), "BUCKET": str(BUCKET), "WRITERS": str(writers)},
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode in (0, -9), done.stderr
@@ -81,11 +83,11 @@ def digests(folder):
 def small_steps(monkeypatch):
     monkeypatch.setattr(cpu, "ENCODE_ROWS", STEP)
     monkeypatch.setattr(encoding, "SCATTER_ROWS", STEP)
-    monkeypatch.setattr(shuffle, "BUCKET_BYTES", BUCKET)
+    monkeypatch.setattr(cpu, "BUCKET_BYTES", BUCKET)
 
 
-@pytest.mark.parametrize("form", ["records", "dist"])
-def test_killed_at_any_write_and_started_again(day_files, tmp_path, small_steps, form):
+@pytest.mark.parametrize(("form", "writers"), [("records", 1), ("records", 4), ("dist", 3)])
+def test_killed_at_any_write_and_started_again(day_files, tmp_path, small_steps, form, writers):
     writes = killed_run(0, "", tmp_path / "whole", day_files, form)
     expected = digests(tmp_path / "whole")
     assert writes > 50
@@ -94,7 +96,7 @@ def test_killed_at_any_write_and_started_again(day_files, tmp_path, small_steps,
     for kill in range(kills):
         out = tmp_path / f"killed_{kill}"
         point = 1 + (writes - 1) * kill // (kills - 1)
-        assert killed_run(point, "torn" if kill % 2 else "", out, day_files, form) is None
+        assert killed_run(point, "torn" if kill % 2 else "", out, day_files, form, writers) is None
         assert not (out / "manifest.json").exists()
         for path in out.glob("terabyte_processed_*.bin"):  # a final name only ever holds a whole file
             assert digests(out)[path.name] == expected[path.name]
@@ -129,6 +131,28 @@ def test_a_disk_that_fills_up_is_an_error_and_the_run_can_go_on(day_files, tmp_p
     assert report.resumed and digests(full) == digests(whole)
 
 
+def test_a_resumed_run_keeps_its_number_of_buckets(day_files, tmp_path, small_steps, monkeypatch):
+    killed_run(0, "", tmp_path / "whole", day_files)
+    out = tmp_path / "killed"
+    assert killed_run(30, "", out, day_files) is None
+    count = len(list((out / ".work").glob("bucket_*")))
+    monkeypatch.setattr(cpu, "BUCKET_BYTES", 10 * BUCKET)  # as of a device that it suits
+    _, report = encode_days(day_files, out, SETTINGS)
+    assert count > 3 and report.resumed and digests(out) == digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("form", ["records", "dle"])
+def test_bytes_do_not_depend_on_writers_or_buckets(day_files, tmp_path, monkeypatch, form):
+    settings = Settings(slab_bytes=20_000, threads=1, form=form)
+    encode_days(day_files, tmp_path / "one", settings)
+    monkeypatch.setattr(cpu, "CORES_PER_WRITER", 1 / 5)
+    monkeypatch.setattr(shuffle, "READ_BYTES", 1000)
+    for buckets, size in (("few", 1 << 30), ("many", 2000)):
+        monkeypatch.setattr(cpu, "BUCKET_BYTES", size)
+        encode_days(day_files, tmp_path / f"{buckets}_five", settings)
+        assert digests(tmp_path / f"{buckets}_five") == digests(tmp_path / "one")
+
+
 def test_killed_twice(day_files, tmp_path, small_steps):
     killed_run(0, "", tmp_path / "whole", day_files)
     out = tmp_path / "killed"
@@ -139,7 +163,7 @@ def test_killed_twice(day_files, tmp_path, small_steps):
 
 
 def test_a_resumed_run_does_not_parse_again_what_was_parsed(day_files, tmp_path, monkeypatch):
-    assert killed_run(44, "", tmp_path, day_files) is None
+    assert killed_run(60, "", tmp_path, day_files) is None
     done = [json.loads(line) for line in (tmp_path / ".work" / "journal.jsonl").read_text().splitlines()]
     rows = sum(event["slab"]["read"] for event in done if "slab" in event)
     assert rows > 500
@@ -148,7 +172,7 @@ def test_a_resumed_run_does_not_parse_again_what_was_parsed(day_files, tmp_path,
     monkeypatch.setattr(cpu, "parse", lambda text, ends, memory: parsed.append(len(ends)) or real(text, ends, memory))
     monkeypatch.setattr(cpu, "ENCODE_ROWS", STEP)
     monkeypatch.setattr(encoding, "SCATTER_ROWS", STEP)
-    monkeypatch.setattr(shuffle, "BUCKET_BYTES", BUCKET)
+    monkeypatch.setattr(cpu, "BUCKET_BYTES", BUCKET)
     encode_days(day_files, tmp_path, SETTINGS)
     assert sum(parsed) == 1052 - rows
     verify(tmp_path)

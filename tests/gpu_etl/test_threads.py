@@ -7,10 +7,11 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from gpu_etl import backend, cpu, journal, shuffle
+from gpu_etl import backend, cpu, journal
 from gpu_etl.__main__ import main
 from gpu_etl.cluster_tasks import count_part
 from gpu_etl.errors import notes
+from gpu_etl.extract import open_sources
 from gpu_etl.memory import Reused
 from gpu_etl.parts import Part
 from gpu_etl.pipeline import Settings, encode_days
@@ -45,7 +46,7 @@ def device(monkeypatch):
     module.Finisher = Finisher
     module.enter_thread = lambda: entered.add(threading.current_thread())
     monkeypatch.setattr(backend, "device", lambda name: module)
-    monkeypatch.setattr(shuffle, "BUCKET_BYTES", 40_000)
+    monkeypatch.setattr(cpu, "BUCKET_BYTES", 40_000)
     module.called = called
     return module
 
@@ -57,8 +58,8 @@ def test_every_thread_that_touches_the_device_has_entered_it(device, day_files, 
 
 
 def test_tasks_of_any_thread_enter_the_device(device, day_files, tmp_path):
-    days = [(path, path.stat().st_size) for path in day_files]
-    part, failed = Part(0, 0, 0, days[0][1]), []
+    days = open_sources(day_files)
+    part, failed = Part(0, 0, 0, days[0].size), []
 
     def task():
         try:
@@ -108,7 +109,7 @@ class SlowCopies(Finisher):
 
 
 def test_memory_that_a_device_still_copies_from_is_not_filled_again(day_files, tmp_path, monkeypatch):
-    monkeypatch.setattr(shuffle, "BUCKET_BYTES", 10_000)
+    monkeypatch.setattr(cpu, "BUCKET_BYTES", 10_000)
     settings = Settings(slab_bytes=20_000)
     expected, _ = encode_days(day_files, tmp_path / "expected", settings)
     monkeypatch.setattr(cpu, "Finisher", SlowCopies)

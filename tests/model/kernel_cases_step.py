@@ -16,11 +16,12 @@ from model.kernels import lookup_interaction, update
 from model.optimizers import NAMES, Optimizer
 from model.ranks import Ranks
 from model.schedule import Schedule
+from model.selfcheck.kernels import DEVICE, one_update
 from model.sharded import ReplicatedTables
 from model.sharding import Piece, Plan
 from model.trainer import Precision, Trainer
+from tests.model import kernel_cases  # noqa: F401 - lets models take the kernels in the interpreter
 from tests.model.helpers import SIZES, ListLoader, random_batches, small_config
-from tests.model.kernel_cases import DEVICE, one_update
 
 NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
 

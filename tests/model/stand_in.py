@@ -26,6 +26,7 @@ WAITS = {
     "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive",
     "unique_dim_consecutive", "equal", "bincount", "repeat_interleave", "_coalesce", "is_nonzero", "histc",
 }  # fmt: skip
+ONE_BLOCK = {"cummax", "cummin"}  # milliseconds for a batch's look-ups: scans along one row, which one block does
 RANDOM = {"uniform_", "normal_", "random_", "bernoulli_", "exponential_"}  # drawn by the generator of the GPU
 
 
@@ -192,6 +193,8 @@ def _check(func, flat: list) -> None:
     masks = name in ("index", "index_put", "index_put_", "_index_put_impl_") and any(
         isinstance(x, OnDevice) and x.dtype in (torch.bool, torch.uint8) for x in flat[1:]
     )
+    if name in ONE_BLOCK and MACHINE.steady:
+        MACHINE.found("one block", str(func))
     if name in WAITS or masks:
         MACHINE.waits(str(func))
 

@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 
 import train
-from bench import step_kernels
+from bench import step_kernels, train_limits
+from bench import train as bench_train
 from gpu_etl.load.cpu import CpuLoader
 from gpu_etl.load.dataset import RecordFile
 from gpu_etl.load.resident import ResidentLoader
@@ -236,16 +237,35 @@ def sharding() -> None:
             assert MACHINE.faults == [], (plan.kinds(), tables, MACHINE.faults)
 
 
+def benchmarks() -> None:
+    """Those of training: steps, as graphs too; kernels; limits. Without the peer, whose gradients are sparse tensors,
+    which the stand-in does not know."""
+    sizes = tuple(map(int, np.resize(SIZES, 26)))
+    small = small_config(categorical_feature_sizes=sizes, embedding_dim=12, bottom_mlp_sizes=(12,))
+    bench_train.LEAST["cuda"], bench_train.TURN["cuda"], bench_train.peers = 4, 4, lambda mine: {}
+    for name, precision in bench_train.PRECISIONS.items():
+        found = bench_train.measure_one(small, 9, precision, CUDA, 0.0)
+        assert MACHINE.faults == [], MACHINE.faults
+        assert found.keys() == {"ours", "ours, CUDA graph"}, name
+        assert all(figures["samples_per_second"] > 0 for figures in found.values())
+    config = small_config(categorical_feature_sizes=(30,) * 26, bottom_mlp_sizes=(64,), embedding_dim=64)
+    for call in step_kernels.calls(config, 3, "bfloat16", "float32", "sgd", CUDA).values():
+        assert step_kernels.seconds_taken(call) > 0
+    train_limits.SIDE["cuda"], train_limits.COPY_BYTES["cuda"] = 64, 1 << 10
+    assert train_limits.matrix_operations(torch.bfloat16, CUDA) > 0 and train_limits.copy_bytes(CUDA) > 0
+
+
 def train_py() -> None:
-    """The whole command with graphs: encoded days in, training in float16 with tests and checkpoints, and on from one of
-    these in the midst of an epoch."""
+    """The whole command with graphs: encoded days in, training in float16 with tests and checkpoints, and on from one
+    of these in the midst of an epoch."""
     with tempfile.TemporaryDirectory() as folder:
         days, out = [Path(folder) / f"day_{day}" for day in range(3)], Path(folder) / "out"
         for day, path in enumerate(days):
             path.write_bytes(write_rows(seed=day, rows=(150, 60, 60)[day]))
         encode_days(days, Path(folder) / "set", Settings())
-        words = ["--dataset", f"{folder}/set", "--output_dir", str(out), "@criteo_kaggle", "--cuda_graphs", "--device",
-                 "cuda", "--batch_size", "32", "--test_batch_size", "64", "--test_freq", "6", "--lr", "0.001"]  # fmt: skip
+        words = ["--dataset", f"{folder}/set", "--output_dir", str(out), "@criteo_kaggle", "--cuda_graphs",
+                 "--device", "cuda", "--batch_size", "32", "--test_batch_size", "64", "--test_freq", "6", "--lr",
+                 "0.001"]  # fmt: skip
         runs = (["--epochs", "3", "--save_freq", "5"], 21), (["--epochs", "4", "--ckpt", str(out)], 28)
         for more, steps in runs:
             said = io.StringIO()

@@ -12,7 +12,7 @@ from torch.cuda._sanitizer import StreamSynchronizations
 
 
 class Fault(NamedTuple):
-    """kind: "pageable", "waits", "race" or "freed"; what: the operation; where: the function of the project."""
+    """kind: "pageable", "waits", "race", "freed" or "one block"; what: the operation; where: the project's function."""
 
     kind: str
     what: str

@@ -18,6 +18,7 @@ from model import embedding, graph, optimizers
 from model import trainer as training
 from model.config import ConfigError
 from model.embedding import Storage
+from model.kernels import staging
 from tests.model import stand_in_cases as cases  # first: it puts the stand-in in place
 from tests.model.helpers import random_batches
 from tests.model.stand_in import CUDA, MACHINE, OnDevice
@@ -45,6 +46,14 @@ def a_number_of_the_device_in_the_step() -> None:
             trainer.use_cuda_graphs()
             with pytest.raises(ConfigError, match="--cuda_graphs: this step cannot be recorded"):
                 cases.trained(trainer, batches)
+
+
+def a_scan_that_one_block_does() -> None:
+    """As the staging of host tables had one (T5)."""
+    batches, old = cases.on_device(random_batches(12, 9)), staging.stage
+    assert kinds_in_steps(cases.make_trainer(storage=Storage(placement="host")), batches) == set()
+    staging.stage = lambda weight, keys, places: (places.cummax(0), old(weight, keys, places))[1]
+    assert kinds_in_steps(cases.make_trainer(storage=Storage(placement="host")), batches) == {"one block"}
 
 
 def copies_from_pageable_memory() -> None:
@@ -190,9 +199,10 @@ def tables_in_memory_that_is_not_pinned() -> None:
 
 
 SEEDS = [
-    a_number_of_the_device_in_the_step, copies_from_pageable_memory, streams_without_an_order,
-    memory_given_away_too_early, tensors_of_two_devices, types_that_no_kernel_was_compiled_for,
-    fused_adagrad_taken_for_granted, a_learning_rate_that_the_host_asks_for, tables_that_draw_from_two_generators,
+    a_number_of_the_device_in_the_step, a_scan_that_one_block_does, copies_from_pageable_memory,
+    streams_without_an_order, memory_given_away_too_early, tensors_of_two_devices,
+    types_that_no_kernel_was_compiled_for, fused_adagrad_taken_for_granted,
+    a_learning_rate_that_the_host_asks_for, tables_that_draw_from_two_generators,
     full_batches_without_a_graph, a_number_that_the_graph_keeps, tables_in_memory_that_is_not_pinned,
 ]  # fmt: skip
 

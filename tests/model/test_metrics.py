@@ -4,6 +4,9 @@ import math
 
 import pytest
 import torch
+
+pytest.importorskip("hypothesis")
+pytest.importorskip("sklearn")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import log_loss as sklearn_log_loss

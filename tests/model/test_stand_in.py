@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 
 pytest.importorskip("triton", reason="no triton: pip install -r requirements-dev.txt")
 
-CASES = ["steps", "optimizers", "placements", "loaders", "sharding", "train_py"]
+CASES = ["steps", "optimizers", "placements", "loaders", "sharding", "benchmarks", "train_py"]
 
 
 def run(module: str, *cases: str) -> str:
