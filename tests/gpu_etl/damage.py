@@ -11,6 +11,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -88,11 +89,12 @@ def make_days(folder: Path, count: int, seed: int) -> list[Path]:
 def killed(case: Case, days: list[Path], folder: Path) -> list[Path]:
     """Folders with what is left of runs that were killed at the case's points."""
     fields = {key: getattr(case.settings, key) for key in ("slab_bytes", "seed", "shuffle", "form", "days")}
-    child = CHILD.replace('Settings(slab_bytes=20_000, seed=5, form=os.environ["FORM"])', f"Settings(**{fields})")
+    child, changed = re.subn(r"(?m)^settings = .*$", f"settings = Settings(**{fields}, threads=1)", CHILD)
+    assert changed == 1
 
     def run(point: int, out: Path) -> str:
         words = [sys.executable, "-c", child, str(point), "torn" if point % 2 else "", str(out), *map(str, days)]
-        env = os.environ | {"FORM": case.settings.form, "STEP": str(STEP), "BUCKET": str(BUCKET)}
+        env = os.environ | {"STEP": str(STEP), "BUCKET": str(BUCKET), "WRITERS": str(1 + point % 3)}
         done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
         assert done.returncode in (0, -9), done.stderr
         return done.stdout
