@@ -23,9 +23,8 @@ from gpu_etl.vocabulary import Lookup
 
 __all__ = [
     "Dictionaries", "Finisher", "encode", "enter_thread", "find_rows", "group", "host_bytes", "integers", "keep",
-    "keep_rows",
-    "labels", "parse", "peak_device_bytes", "readers", "rows_of", "set_memory_limit", "set_threads", "summarize",
-    "upload",
+    "keep_rows", "labels", "parse", "peak_device_bytes", "readers", "rows_of", "set_memory_limit", "set_threads",
+    "summarize", "synchronize", "upload",
 ]  # fmt: skip
 
 SLAB_BYTES = 8 << 20  # of text: parsed, it stays in the L3 cache
@@ -57,6 +56,10 @@ def set_memory_limit(limit: int) -> None:
 
 def enter_thread() -> None:
     """What every thread begins with that calls functions here or touches, frees or waits for their memory: nothing."""
+
+
+def synchronize() -> None:
+    """Wait for all that was started: nothing here."""
 
 
 def readers() -> dict:

@@ -26,6 +26,7 @@ from gpu_etl.cuda_launch import (
     enter_thread,
     host_bytes,
     launch,
+    synchronize,
     upload_array,
 )
 from gpu_etl.cuda_parquet import parquet_slabs
@@ -38,7 +39,7 @@ from gpu_etl.tally import Summary
 __all__ = [
     "Dictionaries", "Finisher", "enter_thread", "find_rows", "group", "host_bytes", "integers", "keep", "keep_rows",
     "labels", "parse", "peak_device_bytes", "readers", "require_gpu", "rows_of", "set_memory_limit", "set_threads",
-    "summarize", "upload",
+    "summarize", "synchronize", "upload",
 ]  # fmt: skip
 
 SLAB_BYTES = 64 << 20  # of text: some milliseconds of copying, so that starting kernels costs little beside it

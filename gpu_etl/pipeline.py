@@ -151,6 +151,16 @@ def _run(
 ) -> manifest.Manifest:
     """Both passes, or what is left of them, and the final names."""
     kernels = backend.device(settings.device)
+    try:
+        return _run_on(kernels, journal, work, out, sources, settings, job, report)
+    finally:  # before what it uses is dropped
+        kernels.synchronize()
+
+
+def _run_on(
+    kernels: ModuleType, journal: Journal, work: Path, out: Path, sources: list[Source], settings: Settings, job: dict,
+    report: Report,
+) -> manifest.Manifest:  # fmt: skip
     threads = kernels.set_threads(settings.threads)
     kernels.set_memory_limit(settings.memory_limit)
     counting = CountPass(

@@ -176,7 +176,7 @@ def finish() -> None:
         np.testing.assert_array_equal(*found)
 
 
-def kept() -> None:
+def rows_on_the_device() -> None:
     """Rows that stay on the device come out as those that went through files: in order, shuffled, and as they are."""
     (values, missing, _), _ = parsed(texts()["ragged"])
     ids = tuple(np.zeros(1, np.int32) for _ in range(26))

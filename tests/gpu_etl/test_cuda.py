@@ -12,7 +12,10 @@ from gpu_etl import cpu
 from gpu_etl.__main__ import main
 from tests.conftest import ROOT
 
-CASES = ["parse", "slab_functions", "dictionaries", "finish", "kept", "encode", "memory_limit", "parquet", "direct"]
+CASES = [
+    "parse", "slab_functions", "dictionaries", "finish", "rows_on_the_device", "encode", "memory_limit", "parquet",
+    "direct",
+]  # fmt: skip
 
 COMPILE = """
 import sys

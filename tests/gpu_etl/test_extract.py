@@ -1,6 +1,7 @@
 """Day files cut into slabs, and the thread that reads ahead."""
 
 import gzip
+import os
 import tempfile
 import threading
 import zlib
@@ -114,8 +115,8 @@ def test_a_file_that_becomes_shorter_meanwhile(tmp_path, threads):
     slabs = read_day(source, 0, 3000, threads=threads)
     next(slabs)
     cut = TEXT.index(b"\n", 20_000) + 1
-    path.write_bytes(TEXT[:cut])
-    with pytest.raises(DataError, match=f"expected {len(TEXT)} bytes.* found an end behind {cut}: it became shorter"):
+    os.truncate(path, cut)
+    with pytest.raises(DataError, match=rf"expected {len(TEXT)} bytes.* found an end behind \d+: it became shorter"):
         list(slabs)
 
 
