@@ -30,7 +30,8 @@ from gpu_etl.cuda_launch import (
     upload_array,
 )
 from gpu_etl.cuda_parquet import parquet_slabs
-from gpu_etl.cuda_rows import COUNTERS, MISSING, VALUES, Rows, Table, find_rows, parse, parser, summarize_on_device
+from gpu_etl.cuda_rows import COUNTERS, MISSING, VALUES, Rows, Table, parse, parser, summarize_on_device
+from gpu_etl.cuda_text import find_rows
 from gpu_etl.errors import DataError
 from gpu_etl.extract import Slab
 from gpu_etl.schema import COLUMNS, FIRST_DENSE, FIRST_SPARSE

@@ -14,7 +14,8 @@ from numba import cuda
 from gpu_etl import crc
 from gpu_etl.cuda_kernel import blocks_for, kernel
 from gpu_etl.cuda_launch import Input, Memory, Output, launch, stream
-from gpu_etl.cuda_rows import DeviceText, parse, text_rooms
+from gpu_etl.cuda_rows import parse
+from gpu_etl.cuda_text import DeviceText, text_rooms
 from gpu_etl.errors import DataError
 from gpu_etl.extract import Source, TextSlab, too_long
 from gpu_etl.memory import Pool

@@ -25,6 +25,7 @@ from gpu_etl import (
     cuda_keep,
     cuda_launch,
     cuda_rows,
+    cuda_text,
     kept,
     memory,
     pipeline,
@@ -236,7 +237,7 @@ def seeded_streams() -> None:
         twice.append(numba_cuda.stream())
         return twice[-1]
 
-    cuda_launch.stream = cuda_rows.stream = stream
+    cuda_launch.stream = cuda_text.stream = stream
     text = cuda_launch.host_bytes(SLAB)
     rows = np.frombuffer(reference.write_rows(seed=1, rows=20), np.uint8)[:SLAB]
     text[:] = rows
