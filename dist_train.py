@@ -73,6 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
 class RankSession(train.Session):
     """One rank's data, model and trainer."""
 
+    less_memory = "start more ranks, lower --batch_size, or move tables to other ranks (--save_plan, --plan)"
+
     def __init__(self, args: argparse.Namespace, store: dist.Store | None):
         self._store, self._kept = store, {}
         super().__init__(args)

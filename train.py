@@ -100,6 +100,8 @@ def check_ids(data: DataSet, config: ModelConfig) -> None:
 class Session:
     """The data, the model and what trains it, as the flags say: in one process (dist_train.py has one of many)."""
 
+    less_memory = "lower --batch_size"
+
     def __init__(self, args: argparse.Namespace):
         self.args, self.claimed = args, None
         self.device = self.join()
@@ -229,7 +231,7 @@ def train(session: Session) -> dict:
     )
     keeper = session.keep(keep, trainer, asdict(own), run.source, claim)
     log = RunLog(args.log_dir, session.mlperf, run.id)
-    with memory.explained(f"training on batches of {args.batch_size:,} rows", "lower --batch_size"):
+    with memory.explained(f"training on batches of {args.batch_size:,} rows", session.less_memory):
         progress = fit(trainer, loader, lambda: session.test("val"), options.loop_options(args), keeper, log)
     if session.mlperf:
         session.mlperf.stop(progress.reached)

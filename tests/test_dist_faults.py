@@ -100,7 +100,7 @@ def starve(rank, words):
 
 def test_a_rank_runs_out_of_memory(folder, tmp_path):
     ends = run_main(2, flags(folder, tmp_path), tmp_path, starve)
-    ends_soon(ends, 1, "rank 1: error: out of memory (")
+    ends_soon(ends, 1, "rank 1: error: out of memory: ")
     assert "start more ranks, lower --batch_size" in ends[1].err
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 
 from gpu_etl.errors import DataError
+from gpu_etl.load import order
 from gpu_etl.load.batch import Batch
-from gpu_etl.load.order import GPU_UNIT_ROWS, UNIT_ROWS, Order, Unit
+from gpu_etl.load.order import UNIT_ROWS, Order, Unit
 from gpu_etl.load.sources import Source
 from gpu_etl.load.unpack import DeviceBounds, Memory, OutOfRangeError, Unpacker, empty_block, unpack_block
 from gpu_etl.prefetch import prefetch
@@ -39,7 +40,7 @@ class Loader:
         self.source, self.device, self.ahead = source, torch.device(device), ahead
         if self.device == torch.device("cuda"):
             self.device = torch.device("cuda", torch.cuda.current_device())
-        at_once = GPU_UNIT_ROWS if self.device.type == "cuda" else UNIT_ROWS
+        at_once = order.GPU_UNIT_ROWS if self.device.type == "cuda" else order.UNIT_ROWS
         self.order = Order(source.rows, batch_size, shuffle, seed, buffer, rank, world, at_once)
         if self.order.window == 1:  # else a batch's rows come from all over its window, and no range tells them
             self.ranges = self.order.ranges

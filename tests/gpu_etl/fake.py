@@ -3,12 +3,16 @@
     NUMBA_DISABLE_JIT=1 python -m tests.gpu_etl.fake parse
 """
 
+import gc
 import sys
 import warnings
 
 from tests.gpu_etl import fake_driver
 
 warnings.filterwarnings("ignore", "overflow encountered")  # uint64 wraps around, as it should
+# Python's collector frees in whichever thread it comes: in one of the simulator's, too, while the kernel that it runs
+# for holds the driver's lock.
+gc.disable()
 fake_driver.install()
 sys.modules["cupy"] = fake_driver.cupy
 

@@ -31,21 +31,36 @@ def kinds_in_steps(trainer, batches) -> set[str]:
     return MACHINE.kinds()
 
 
-def a_number_of_the_device_in_the_step() -> None:
-    """.item(), where steps are launched one by one and where they are recorded."""
+def a_number_of_the_device_in_the_step(ask) -> None:
+    """.item() and the like, where steps are launched one by one and where they are recorded."""
     batches = cases.on_device(random_batches(12, 9))
-    for ask in (lambda t: t.item(), bool, lambda t: t.cpu(), lambda t: t.tolist(), lambda t: t.nonzero(),
-                lambda _: torch.cuda.synchronize()):  # fmt: skip
-        for graphs in (False, True):
-            trainer = cases.make_trainer()
-            assert kinds_in_steps(trainer, batches) == set()
-            trainer.exchange = lambda gradients, ask=ask: ask(gradients[0].sum())
-            if not graphs:
-                assert kinds_in_steps(trainer, batches) == {"waits"}
-                continue
-            trainer.use_cuda_graphs()
-            with pytest.raises(ConfigError, match="--cuda_graphs: this step cannot be recorded"):
-                cases.trained(trainer, batches)
+    for graphs in (False, True):
+        trainer = cases.make_trainer()
+        assert kinds_in_steps(trainer, batches) == set()
+        trainer.exchange = lambda gradients: ask(gradients[0].sum())
+        if not graphs:
+            assert kinds_in_steps(trainer, batches) == {"waits"}
+            continue
+        trainer.use_cuda_graphs()
+        with pytest.raises(ConfigError, match="--cuda_graphs: this step cannot be recorded"):
+            cases.trained(trainer, batches)
+
+
+def asking(name: str, ask):
+    """The seed of one way to ask; a process each, as what a failed recording leaves would be taken for its fault."""
+
+    def seed() -> None:
+        a_number_of_the_device_in_the_step(ask)
+
+    seed.__name__ = f"a_number_of_the_device_in_the_step_{name}"
+    return seed
+
+
+ASKING = [
+    asking("item", lambda t: t.item()), asking("bool", bool), asking("cpu", lambda t: t.cpu()),
+    asking("tolist", lambda t: t.tolist()), asking("nonzero", lambda t: t.nonzero()),
+    asking("synchronize", lambda _: torch.cuda.synchronize()),
+]  # fmt: skip
 
 
 def a_scan_that_one_block_does() -> None:
@@ -75,8 +90,10 @@ def loader_faults() -> set[str]:
     """Of a loader and of what works on its batches."""
     with tempfile.TemporaryDirectory() as folder:
         source, found = RecordFile(cases.write_records(folder, 400)), []
+        loader_ = CpuLoader(source, 32, CUDA)
+        loader_.check = lambda: None  # which waits for the device once an epoch, behind its last batch
         with MACHINE.step():
-            for batch in CpuLoader(source, 32, CUDA).batches():
+            for batch in loader_.batches():
                 found.append(batch.dense.sum() + batch.label.sum())
                 del batch
     return MACHINE.kinds()
@@ -199,7 +216,7 @@ def tables_in_memory_that_is_not_pinned() -> None:
 
 
 SEEDS = [
-    a_number_of_the_device_in_the_step, a_scan_that_one_block_does, copies_from_pageable_memory,
+    *ASKING, a_scan_that_one_block_does, copies_from_pageable_memory,
     streams_without_an_order, memory_given_away_too_early, tensors_of_two_devices,
     types_that_no_kernel_was_compiled_for, fused_adagrad_taken_for_granted,
     a_learning_rate_that_the_host_asks_for, tables_that_draw_from_two_generators,
