@@ -201,8 +201,8 @@ class _Parser:
 
     def __init__(self):
         self.table, self.numbers = Table("parsed rows"), _Numbers()
-        self._counts, self._total = Memory("slab", np.int32), Memory("slab", np.int64)
-        self._ends, self._faults = Memory("slab", np.int64), Memory("slab", np.int32)
+        self._counts, self._faults = Memory("slab", np.int32), Memory("slab", np.int32)
+        self._ends = Memory("slab", np.int64)
 
     def parse(self, text: DeviceText) -> tuple[Rows, np.ndarray]:
         """The rows of a text, and their faults."""

@@ -17,11 +17,10 @@ from gpu_etl.errors import WorkDamagedError
 from gpu_etl.jit import compiled
 from gpu_etl.manifest import describe_file
 from gpu_etl.schema import COLUMNS, FIRST_SPARSE
-from gpu_etl.shuffle import Buckets, mix64
+from gpu_etl.shuffle import NUMBER_WORDS, Buckets, mix64
 from gpu_etl.spill import NUMBERED, words_of
 
 SUM_MASK = (1 << 64) - 1
-NUMBER_WORDS = 2
 READ_ROWS = 1 << 12
 # Odd numbers, one a column: the row's digest is a sum of products of pairs, which hides no difference in a word unless
 # its partner plus such a number is a multiple of a high power of 2 (NH of UMAC, RFC 4418).
