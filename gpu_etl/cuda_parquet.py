@@ -165,9 +165,13 @@ class DeviceSlab:
         """See extract.Slab. parse() has waited for its kernels: libcudf may use the columns' memory again."""
         self.fields = None
 
-    def describe(self, row: int, code: int) -> str:
-        """See extract.Slab; the row is read again."""
-        return describe_row(self.source, self.end - self.count + row, code)
+    def describe(self, rows, codes) -> list[str]:
+        """See extract.Slab; the rows are read again."""
+        first = self.end - self.count
+        return [describe_row(self.source, first + row, code) for row, code in zip(rows, codes, strict=True)]
+
+    def rest(self, kernels) -> None:
+        """None: all rows are parsed at once."""
 
 
 class _View:

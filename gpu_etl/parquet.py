@@ -1,6 +1,6 @@
 """Parquet day files -> slabs: the same values, missing fields and faults as the text form of the same rows."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from types import ModuleType
@@ -18,6 +18,7 @@ from gpu_etl.memory import Reused
 from gpu_etl.schema import COLUMN_NAMES, COLUMNS, FIRST_SPARSE
 
 ROW_BYTES = 256  # what a row takes as text, so that a slab of either form holds about as many rows
+DESCRIBED_ROWS = 1 << 12  # read at a time on the way to a row that is described
 READ_BYTES = 1 << 16  # of a column at a time; without it a whole row group is read at once
 INT32_MIN = -rows.INT32_MAX - 1
 
@@ -141,8 +142,14 @@ class ParquetSlab:
                 faults[new] = kinds[new].astype(np.int32) * rows.FAULT_STRIDE + column
         return *kernels.upload(values, missing), faults
 
-    def describe(self, row: int, code: int) -> str:
-        """Words for the fault `code` of row `row` of this slab."""
+    def rest(self, kernels: ModuleType) -> None:
+        """None: all rows are parsed at once."""
+
+    def describe(self, rows_: Sequence[int], codes: Sequence[int]) -> list[str]:
+        """See extract.Slab."""
+        return [self._describe(row, code) for row, code in zip(rows_, codes, strict=True)]
+
+    def _describe(self, row: int, code: int) -> str:
         kind, column = divmod(int(code), rows.FAULT_STRIDE)
         field = self._column(column)[row]
         is_text = hasattr(field, "as_buffer") and field.is_valid
@@ -238,5 +245,5 @@ def read_parquet(
 
 def describe_row(source: Source, row: int, code: int) -> str:
     """Words for the fault `code` of row `row` of a Parquet file."""
-    with closing(read_parquet(Source(source.path, source.size), 0, ROW_BYTES, row)) as slabs:
-        return next(slabs).describe(0, code)
+    with closing(read_parquet(Source(source.path, source.size), 0, DESCRIBED_ROWS * ROW_BYTES, row)) as slabs:
+        return next(slabs).describe([0], [code])[0]

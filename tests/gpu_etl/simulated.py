@@ -312,13 +312,15 @@ def same_slabs(path: Path, skip: int, slab_bytes: int, size: int) -> None:
         values, missing, words = [], [], []
         for slab in read_day(source, 0, slab_bytes, skip, readers=kernels.readers()):
             slab.prepare(kernels)
-            found, empty, faults = slab.parse(kernels, Reused())
-            good = faults == 0
-            values.append((columns_of(found) if kernels is cuda else found)[good])
-            missing.append((missing_of(empty, found) if kernels is cuda else empty)[good])
-            words += [slab.describe(row, faults[row]) for row in np.flatnonzero(faults)]
-            end = slab.end
-            slab.release()
+            while slab is not None:
+                found, empty, faults = slab.parse(kernels, Reused())
+                good, bad = faults == 0, np.flatnonzero(faults)
+                values.append((columns_of(found) if kernels is cuda else found)[good])
+                missing.append((missing_of(empty, found) if kernels is cuda else empty)[good])
+                words += slab.describe(bad, faults[bad])
+                end = slab.end
+                slab.release()
+                slab = slab.rest(kernels)
         assert source.read == source.size and (not values or end == size)
         rows = [row for array in (*values, *missing) for row in array.tolist()]
         results.append((rows, words, source.crc32))
