@@ -32,8 +32,9 @@ class BadRows:
             raise DataError(f"--bad-rows: expected {' or '.join(RULES)}, with --max-bad-rows 0 or more")
 
     def settle(
-        self, slab: Slab, codes: np.ndarray, *, where: Callable[[int], str], before: int, say: Callable[[str], None] = _to_stderr
-    ) -> dict[str, int]:
+        self, slab: Slab, codes: np.ndarray, *, where: Callable[[int], str], before: int,
+        say: Callable[[str], None] = _to_stderr,
+    ) -> dict[str, int]:  # fmt: skip
         """Bad rows of a parsed slab by reason, given its fault codes int32 [n]. Raises BadRowError where there may be
         none, or not so many.
 

@@ -23,8 +23,8 @@ from gpu_etl.vocabulary import Lookup
 
 __all__ = [
     "Dictionaries", "Finisher", "encode", "enter_thread", "find_rows", "group", "host_bytes", "integers", "keep",
-    "keep_rows", "labels", "parse", "peak_device_bytes", "readers", "rows_end", "rows_of", "set_memory_limit", "set_threads",
-    "summarize", "synchronize", "upload",
+    "keep_rows", "labels", "parse", "peak_device_bytes", "readers", "rows_end", "rows_of", "set_memory_limit",
+    "set_threads", "summarize", "synchronize", "upload",
 ]  # fmt: skip
 
 SLAB_BYTES = 8 << 20  # of text: parsed, it stays in the L3 cache

@@ -39,8 +39,8 @@ from gpu_etl.tally import Summary
 
 __all__ = [
     "Dictionaries", "Finisher", "enter_thread", "find_rows", "group", "host_bytes", "integers", "keep", "keep_rows",
-    "labels", "parse", "peak_device_bytes", "readers", "require_gpu", "rows_end", "rows_of", "set_memory_limit", "set_threads",
-    "summarize", "synchronize", "upload",
+    "labels", "parse", "peak_device_bytes", "readers", "require_gpu", "rows_end", "rows_of", "set_memory_limit",
+    "set_threads", "summarize", "synchronize", "upload",
 ]  # fmt: skip
 
 SLAB_BYTES = 64 << 20  # of text: some milliseconds of copying, so that starting kernels costs little beside it

@@ -157,8 +157,8 @@ def skip_bytes(stream, count: int) -> None:
 
 
 def _cut(stream, path: Path, day: int, slab_bytes: int, end: int, pool: Pool) -> Iterator[TextSlab]:
-    """Slabs of at most `slab_bytes`, each but the last ending with a newline; the rest of a row moves to the next, and so
-    do blank lines, which are no rows at the end of the day.
+    """Slabs of at most `slab_bytes`, each but the last ending with a newline; the rest of a row moves to the next, and
+    so do blank lines, which are no rows at the end of the day.
 
     `end`: how many bytes of text came before.
     """

@@ -46,7 +46,9 @@ class Source:
 
 @dataclass
 class TextSlab:
-    """A slab of text, uint8 [bytes]; its memory belongs to the pool."""
+    """A slab of text, uint8 [bytes]; its memory belongs to the pool. labelled: see faults.describe."""
+
+    labelled = True
 
     day: int
     end: int
@@ -82,7 +84,7 @@ class TextSlab:
     def describe(self, rows: Sequence[int], codes: Sequence[int]) -> list[str]:
         """See extract.Slab."""
         return [
-            faults.describe(self.text, begin, end, code)
+            faults.describe(self.text, begin, end, code, self.labelled)
             for (begin, end), code in zip(faults.places(self.text, rows), codes, strict=True)
         ]
 
@@ -133,7 +135,7 @@ class _PlainText:
         os.close(self._file)
 
     def shares(self, prepare: Callable[[TextSlab], None]) -> Iterator[Callable[[], _Share]]:
-        """What reads each share, in order; the first `skip` bytes, and blank lines at the end, for the checksum only."""
+        """What reads each share, in order; the first `skip` bytes and blank lines at the end only for the checksum."""
         ends = 0, self._skip, self._end, self._source.size
         for (first, last), call in zip(pairwise(ends), (self._sum, self._slab, self._sum), strict=True):
             for begin in range(first, last, self._share):
