@@ -40,15 +40,17 @@ class _Reading:
     def __init__(self, kernels: ModuleType, sources: list[Source], slab_bytes: int, workers: int):
         self._kernels, self._slab_bytes, self._pool = kernels, slab_bytes, Pool(kernels.host_bytes)
         readers = max(1, int(workers / kernels.CORES_PER_READER))
-        plain = all(kind_of(source.path) == "text" for source in sources)
+        plain = all(kind_of(file.path) == "text" for source in sources for file in source.files)
         self.at_once, self._threads = (1, readers) if plain else (readers, 1)
+        self._files_at_once = max(1, readers // max(1, len(sources))) if not plain else 1
 
-    def slabs(self, source: Source, day: int, skip: int) -> Iterator[Slab | _DayEnd]:
-        """Slabs of a day from `skip` on, ready to parse, and a _DayEnd behind them."""
+    def slabs(self, source: Source, day: int, part: int, skip: int) -> Iterator[Slab | _DayEnd]:
+        """Slabs of a day from `skip` of its file `part` on, ready to parse, and a _DayEnd behind them."""
         kernels = self._kernels
         yield from read_day(
-            source, day, self._slab_bytes, skip, pool=self._pool, readers=kernels.readers(),
-            prepare=lambda slab: slab.prepare(kernels), threads=self._threads, initializer=kernels.enter_thread,
+            source, day, self._slab_bytes, skip, part=part, pool=self._pool, readers=kernels.readers(),
+            prepare=lambda slab: slab.prepare(kernels), threads=self._threads, files_at_once=self._files_at_once,
+            initializer=kernels.enter_thread,
         )  # fmt: skip
         yield _DayEnd(day)
 
@@ -69,7 +71,8 @@ class CountPass:
         workers: int, bad_rows: str, max_bad_rows: int, to_buckets: list[bool], only: int | None = None,
         first_row: int = 0,
     ):  # fmt: skip
-        self._kernels, self._sources, self._preset, self._seed = kernels, sources, preset, seed
+        self._kernels, self._preset, self._seed = kernels, preset, seed
+        self._sources = [source.fresh() for source in sources]
         self._journal, self._bad_rows = journal, BadRows(bad_rows, max_bad_rows)
         self._workers, self.to_buckets, self._only, self._first_row = workers, to_buckets, only, first_row
         self.tallies = [Tally() for _ in sources]
@@ -99,11 +102,11 @@ class CountPass:
         host_bytes = self._kernels.host_bytes
         parsed, stored = Reused(), cycle((Reused(host_bytes), Reused(host_bytes)))
         left = [
-            (source, day, tally.end)
+            (source, day, tally.part, tally.end)
             for day, (source, tally) in enumerate(zip(self._sources, self.tallies, strict=True))
             if tally.crc32 is None and self._only in (None, day)
         ]
-        reading = _Reading(self._kernels, [source for source, _, _ in left], slab_bytes, self._workers)
+        reading = _Reading(self._kernels, [source for source, *_ in left], slab_bytes, self._workers)
         waiting = [reading.slabs(*day) for day in left]
         size = sum(source.size for source in self._sources)
         with (
@@ -201,7 +204,8 @@ class CountPass:
             self.store = None
         dictionaries.code(values, missing, first)
         event = {
-            "read": read, "kept": len(values), "end": slab.end, "dropped": dropped, **summary._asdict(),
+            "read": read, "kept": len(values), "part": slab.part, "end": slab.end, "dropped": dropped,
+            **summary._asdict(),
         }  # fmt: skip
         tally.add(**event)
         if self.store is not None:
@@ -240,8 +244,13 @@ class CountPass:
 
     def _drop_bad(self, slab: Slab, codes: np.ndarray, bar: tqdm) -> dict[str, int]:
         """Bad rows of the slab by reason. Raises BadRowError where there may be none, or not so many."""
-        path, first = self._sources[slab.day].path, self._first_row + self.tallies[slab.day].read + 1
         return self._bad_rows.settle(
-            slab, codes, where=lambda row: f"{path}: row {first + row}",
+            slab, codes, where=partial(self._where, slab),
             before=sum(tally.bad_rows() for tally in self.tallies), say=partial(bar.write, file=sys.stderr),
         )  # fmt: skip
+
+    def _where(self, slab: Slab, row: int) -> str:
+        """File and row, counted from 1, of row `row` of a slab that was not yet added to its day's tally."""
+        tally = self.tallies[slab.day]
+        number = self._first_row + tally.read - tally.rows_before(slab.part) + row + 1
+        return f"{self._sources[slab.day].files[slab.part].path}: row {number}"

@@ -94,6 +94,7 @@ class DirectSlab:
     end: int
     source: Source
     text: DeviceText
+    part: int = 0
 
     def prepare(self, kernels) -> None:
         """Nothing to do: parse() finds the rows."""
@@ -123,7 +124,7 @@ class DirectSlab:
     def _on_host(self, begin: int, end: int, allocate) -> TextSlab:
         text = allocate(end - begin)
         text[:] = np.fromfile(self.source.path, np.uint8, end - begin, offset=self.source.begin + begin)
-        return TextSlab(self.day, end, text, Pool())
+        return TextSlab(self.day, end, text, Pool(), self.part)
 
 
 class _File:

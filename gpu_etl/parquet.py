@@ -109,6 +109,7 @@ class ParquetSlab:
     day: int
     end: int
     batch: pa.RecordBatch
+    part: int = 0
 
     @property
     def labelled(self) -> bool:

@@ -34,7 +34,8 @@ BLANK_BYTES = 1 << 9  # at the end of a day that may be blank lines, which are n
 @dataclass
 class Source:
     """One day file, or `size` bytes of a plain text one from `begin` on: how many bytes were read, and the CRC-32 of
-    what was read. stamp: of the whole file, None where it is not looked at again."""
+    what was read. stamp: of the whole file, None where it is not looked at again. parts: the files of a day of part
+    files, whose path is their folder, and whose size, CRC-32 and bytes read are those of the files joined to one."""
 
     path: Path
     size: int
@@ -42,6 +43,16 @@ class Source:
     read: int = 0
     crc32: int = 0
     stamp: Stamp | None = None
+    parts: tuple["Source", ...] = ()
+
+    @property
+    def files(self) -> tuple["Source", ...]:
+        """The files of the day."""
+        return self.parts or (self,)
+
+    def fresh(self) -> "Source":
+        """The same source, of which nothing was read."""
+        return replace(self, read=0, crc32=0, parts=tuple(part.fresh() for part in self.parts))
 
 
 @dataclass
@@ -54,6 +65,7 @@ class TextSlab:
     end: int
     text: np.ndarray
     pool: Pool
+    part: int = 0
     _ends: np.ndarray | None = field(default=None, init=False)
     _left: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8), init=False)
 
