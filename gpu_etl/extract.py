@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from gpu_etl import codecs, crc, packages, part_files
+from gpu_etl import codecs, crc, kinds, packages, part_files
 from gpu_etl.errors import DataError
 from gpu_etl.memory import Pool, Reused
 from gpu_etl.prefetch import in_turn, nothing
@@ -136,11 +136,14 @@ def _open_parts(folder: Path) -> Source:
 
 def _open_file(path: Path) -> Source:
     if not path.is_file():
-        found = "a folder" if path.is_dir() else "nothing"
-        raise DataError(f"{path}: expected a day file (text, gzip, zstd or Parquet), found {found}")
-    if kind_of(path) == "zstd":
+        raise DataError(f"{path}: expected a day file (text, gzip, zstd or Parquet), found {kinds.no_file(path)}")
+    if path.parts[:2] in kinds.OF_THIS_PROCESS:  # as /dev/stdin of `< day_0`: another file to another process
+        path = path.resolve(strict=True)
+    kind, stamp = kind_of(path), stamp_of(path)
+    if kind == "zstd":
         packages.require("zstandard", str(path), "unpack it first: `zstd -d`")
-    stamp = stamp_of(path)
+    if kind != "parquet" and stamp.size:
+        kinds.check(path, None if kind == "text" else kind)
     return Source(path, stamp.size, stamp=stamp)
 
 
@@ -206,6 +209,11 @@ def _read_packed(source: Source, day: int, slab_bytes: int, skip: int, kind: str
         text = codecs.read_gzip(stream) if kind == "gzip" else _ZstdFile(stream)
         skip_bytes(text, skip)
         yield from _cut(text, source.path, day, slab_bytes, skip, pool)
+    except OverflowError as error:  # of isal
+        raise DataError(
+            f"{source.path}: expected a gzip header of some bytes, found one of more than 512 KiB (name, comment or "
+            "extra field); pack it anew: `gunzip -c FILE | gzip -n > NEW`"
+        ) from error
     except codecs.ERRORS as error:
         raise DataError(f"{source.path}: damaged or cut-off {kind} file ({error}); fetch it again") from error
     finally:
