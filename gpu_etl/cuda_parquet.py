@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numba import cuda
 
-from gpu_etl import rows
+from gpu_etl import parquet_limits, rows
 from gpu_etl.cuda_kernel import Kernel, blocks_for, kernel
 from gpu_etl.cuda_launch import Mark, Memory, budget, device_array, download, launch, stream
 from gpu_etl.cuda_rows import (
@@ -261,6 +261,8 @@ def parquet_slabs(
     end, held = skip, 0
     if end == file.metadata.num_rows:
         return
+    for group in range(file.num_row_groups):  # libcudf holds the size of what it gives out, but not that of pages
+        parquet_limits.rows_at_a_time(file, source.path, group, names, 1)
     for fields, count, size in _decoded(source, max(slab_bytes, ROW_BYTES), skip, names):
         budget.take("Parquet columns", 2 * size - held)  # those being parsed, and the next ones
         held = 2 * size
