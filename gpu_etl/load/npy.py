@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 
@@ -17,30 +18,51 @@ PARTS = {
     "dense": (slice(FIRST_DENSE, FIRST_SPARSE), DENSE, ("f",), ("dense",)),
     "sparse": (slice(FIRST_SPARSE, FIRST_SPARSE + SPARSE), SPARSE, ("i",), ("sparse", "sparse_contig_freq")),
 }
+MOST_HEADER_BYTES = 1 << 12  # numpy's own for an array of two dimensions are 128
+SHOWN = 120
+READERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+    (3, 0): np.lib.format.read_array_header_2_0,  # as 2, in UTF-8
+}
 DAY = re.compile(r"day_(\d+)_labels\.npy")
+
+
+def _header(path: Path) -> tuple[tuple[int, ...], bool, np.dtype, int]:
+    """Shape, whether it lies column after column, dtype, and where the array begins. Raises DataError where the header
+    is none, or longer than one of an array of numbers can be."""
+    with open(path, "rb") as file:
+        start = file.read(12)
+        version = tuple(start[6:8])
+        if start[:6] != b"\x93NUMPY" or version not in READERS:
+            raise DataError(f"{path}: expected a .npy file of version 1 to 3, got one that begins with {start[:8]!r}")
+        length = int.from_bytes(start[8:10] if version == (1, 0) else start[8:12], "little")
+        if length > MOST_HEADER_BYTES:
+            raise DataError(f"{path}: expected a header of at most {MOST_HEADER_BYTES} bytes, got {length:,} by itself")
+        file.seek(8)
+        try:
+            return *READERS[version](file), file.tell()
+        except (ValueError, SyntaxError, TypeError, TokenError, MemoryError, RecursionError) as error:
+            words = str(error).partition("\n")[0][:SHOWN] or type(error).__name__
+            raise DataError(f"{path}: expected the header of a .npy file: {words}") from error
 
 
 class _Array:
     """A .npy file of rows, its header checked."""
 
     def __init__(self, path: Path, width: int, kinds: Sequence[str]):
-        with open(path, "rb") as file:
-            try:
-                version = np.lib.format.read_magic(file)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, fortran, self.dtype = read(file)
-            except ValueError as error:
-                raise DataError(f"{path}: expected a .npy file: {error}") from error
-            self._start = file.tell()
-        self.rows, self._width = shape[0] if shape else 0, width
-        if shape not in ((self.rows, width), (self.rows,) * (width == 1)) or fortran or self.dtype.kind not in kinds:
+        shape, fortran, self.dtype, self._start = _header(path)
+        self.rows, self._width = shape[0] if shape else -1, width
+        fits = shape in ((self.rows, width), (self.rows,) * (width == 1)) and {*map(type, shape)} == {int}
+        if not fits or self.rows < 0 or fortran or self.dtype.kind not in kinds:
             raise DataError(
                 f"{path}: expected rows of {width}, row after row, dtype {' or '.join(kinds)}, got shape {shape}, "
                 f"{self.dtype}{', column after column' * fortran}"
             )
         expected, size = self._start + self.rows * width * self.dtype.itemsize, path.stat().st_size
         if size != expected:
-            raise DataError(f"{path}: expected {expected} bytes by its header, found {size}; the file is cut off")
+            what = "the file is cut off" if size < expected else "there is more behind its rows"
+            raise DataError(f"{path}: expected {expected:,} bytes by its header, found {size:,}; {what}")
         self._file = DataFile(path)
 
     @property
