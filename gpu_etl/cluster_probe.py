@@ -1,0 +1,130 @@
+"""What a worker of a Dask cluster is asked before it gets work, and how it gets this code where it has none.
+
+All of this travels by value: it runs on workers that do not have the project, so nothing here imports it at the top,
+and the standard library and Dask suffice.
+"""
+
+import asyncio
+import hashlib
+import importlib
+import importlib.util
+import io
+import os
+import pickle
+import socket
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+from distributed.diagnostics.plugin import WorkerPlugin
+
+PACKAGE, PACKAGES = "gpu_etl", ("gpu_etl", "common")
+FOLDER_SECONDS = 5.0  # a network file system may show a new file later elsewhere
+
+
+def code_files(root: Path) -> list[Path]:
+    """The source files of this project's packages that tasks may import, below the folder that holds them."""
+    return sorted(path for package in PACKAGES for path in (root / package).rglob("*.py"))
+
+
+def code_digest(root: Path) -> str:
+    """SHA-256 over the names and bytes of code_files(), as 64 hex digits."""
+    found = hashlib.sha256()
+    for path in code_files(root):
+        text = path.read_bytes()
+        found.update(f"{path.relative_to(root).as_posix()} {len(text)}\n".encode() + text)
+    return found.hexdigest()
+
+
+def code_root() -> Path | None:
+    """The folder that holds the package where this process would import it from; None where it would not find it."""
+    importlib.invalidate_caches()
+    found = importlib.util.find_spec(PACKAGE)
+    return None if found is None or found.origin is None else Path(found.origin).parent.parent
+
+
+def who() -> dict:
+    """Host, process and code of this worker; digest is None where it does not have the project."""
+    root = code_root()
+    return {
+        "host": socket.gethostname(), "pid": os.getpid(), "root": str(root or ""),
+        "digest": None if root is None else code_digest(root),
+    }  # fmt: skip
+
+
+def packed_code(root: Path) -> bytes:
+    """A zip file of code_files()."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in code_files(root):
+            archive.write(path, path.relative_to(root).as_posix())
+    return packed.getvalue()
+
+
+class Code(WorkerPlugin):
+    """Gives the project's code to workers that do not have it, also to those that come later; others keep theirs."""
+
+    def __init__(self, packed: bytes, digest: str):
+        self.packed, self.digest, self.name = packed, digest, f"{PACKAGE}-{digest[:12]}"
+
+    def setup(self, worker) -> None:
+        """Unpack the code into the worker's own folder, and import it from there."""
+        if code_root() is not None:
+            return
+        folder = Path(worker.local_directory) / self.name
+        with zipfile.ZipFile(io.BytesIO(self.packed)) as archive:
+            archive.extractall(folder)
+        sys.path.insert(0, str(folder))
+        importlib.invalidate_caches()
+
+
+def _folder_fault(work: Path, token: str, name: str) -> str | None:
+    """What keeps this process from work in a folder where a file of that name holds the token; None if nothing."""
+    mine, deadline = work / f"{name}.{os.getpid()}", time.monotonic() + FOLDER_SECONDS
+    while True:
+        try:
+            if (work / name).read_text() == token:
+                mine.write_text(token)
+                mine.unlink()
+                return None
+            fault = "another folder than the one of this command"
+        except OSError as error:
+            fault = error.strerror or str(error)
+        if time.monotonic() > deadline:
+            return f"{work}: {fault}"
+        time.sleep(0.2)
+
+
+def _faults(packed: bytes, work: str, token: str, name: str) -> list[str]:
+    """What keeps this worker from the tasks, in words. packed: what cluster_check.Check sends, pickled."""
+    try:
+        importlib.import_module(f"{PACKAGE}.cluster_tasks")
+        backend = importlib.import_module(f"{PACKAGE}.backend")
+        sources, modules, device = pickle.loads(packed)
+    except Exception as error:  # whatever an import on another machine may raise
+        return [f"its {PACKAGE} cannot be imported ({type(error).__name__}: {error})"]
+    faults = [f"the package {name} is missing" for name in modules if importlib.util.find_spec(name) is None]
+    try:
+        backend.device(device)
+    except ValueError as error:
+        faults.append(str(error))
+    folder = _folder_fault(Path(work), token, name)
+    faults += [folder] if folder else []
+    for source in sources:
+        try:
+            importlib.import_module(f"{PACKAGE}.sources").check_unchanged(source)
+        except (ValueError, OSError):
+            try:
+                found = os.stat(source.path)
+                what = f"{found.st_size:,} bytes, changed at {found.st_mtime_ns} ns"
+            except OSError as error:
+                what = error.strerror
+            expected = f"{source.stamp.size:,} bytes, changed at {source.stamp.mtime_ns} ns"
+            faults.append(f"{source.path}: expected {expected}, found there: {what}")
+    return faults
+
+
+async def faults(packed: bytes, work: str, token: str, name: str) -> list[str]:
+    """_faults(), in a thread, so that the worker is heard of meanwhile."""
+    return await asyncio.to_thread(_faults, packed, work, token, name)
