@@ -14,7 +14,7 @@ from dask.distributed import Client
 from distributed.versions import get_versions
 
 from gpu_etl import cluster_probe
-from gpu_etl.cluster_watch import ASK_SECONDS, LOOK_SECONDS, NAMED, QUIET_SECONDS, ask
+from gpu_etl.cluster_watch import ASK_SECONDS, CANCELLED, LOOK_SECONDS, NAMED, QUIET_SECONDS, ask
 from gpu_etl.errors import DataError
 from gpu_etl.extract import Source, kind_of
 from gpu_etl.settings import Settings
@@ -25,6 +25,7 @@ EVERYWHERE = ("dask", "distributed")
 OF_WORKERS = (*EVERYWHERE, "numpy", "numba")
 MODULES = {"zstd": "zstandard", "parquet": "pyarrow"}  # by kind of day file
 CHECK_NAME = "check"
+FOLDER_SECONDS = 5.0  # until a network file system shows everywhere what was written
 ALL_ALIKE = "all must have what this command has: make one environment for all of them, and start them from it"
 SAME_FOLDERS = "all workers must see the same files under the same paths, and write there"
 
@@ -38,10 +39,13 @@ class Check:
 
     def run(self) -> dict[str, str]:
         """Host and process of each worker by address, in words. Raises DataError where one cannot do the work."""
-        self._wait()
-        self._versions()
-        workers = self._code()
-        self._folders()
+        try:
+            self._wait()
+            self._versions()
+            workers = self._code()
+            self._folders()
+        except (RuntimeError, *CANCELLED) as error:  # what Dask says where a client has no scheduler any more
+            raise self._silent(error) from error
         return {address: f"host {found['host']}, process {found['pid']}" for address, found in workers.items()}
 
     def _wait(self) -> None:
@@ -65,7 +69,7 @@ class Check:
         except OSError as error:
             raise self._silent(error) from error
 
-    def _silent(self, error: OSError) -> DataError:
+    def _silent(self, error: BaseException) -> DataError:
         words = str(error) or type(error).__name__
         return DataError(f"{self._address}: the Dask scheduler does not answer ({words}); is it still there?")
 
@@ -136,10 +140,11 @@ class Check:
     def _folders(self) -> None:
         """Imports, packages, the device, the days and the work folder, as each worker sees them."""
         token, name = uuid.uuid4().hex, CHECK_NAME
+        seconds = min(FOLDER_SECONDS, self._seconds / 4)
         kinds = {kind_of(source.path) for source in self._sources}
         modules = [module for kind, module in MODULES.items() if kind in kinds]
         packed = pickle.dumps((self._sources, modules, self._settings.device))
-        arguments = packed, str(self._work), token, name
+        arguments = packed, str(self._work), token, name, seconds
         (self._work / name).write_text(token)
         try:
             found = self._ask_workers(lambda address: self._run_on(address, cluster_probe.faults, *arguments))

@@ -20,7 +20,6 @@ from pathlib import Path
 from distributed.diagnostics.plugin import WorkerPlugin
 
 PACKAGE, PACKAGES = "gpu_etl", ("gpu_etl", "common")
-FOLDER_SECONDS = 5.0  # a network file system may show a new file later elsewhere
 
 
 def code_files(root: Path) -> list[Path]:
@@ -79,9 +78,10 @@ class Code(WorkerPlugin):
         importlib.invalidate_caches()
 
 
-def _folder_fault(work: Path, token: str, name: str) -> str | None:
-    """What keeps this process from work in a folder where a file of that name holds the token; None if nothing."""
-    mine, deadline = work / f"{name}.{os.getpid()}", time.monotonic() + FOLDER_SECONDS
+def _folder_fault(work: Path, token: str, name: str, seconds: float) -> str | None:
+    """What keeps this process from work in a folder where a file of that name holds the token; None if nothing.
+    seconds: how much later than elsewhere the file may be seen here, as a network file system allows."""
+    mine, deadline = work / f"{name}.{os.getpid()}", time.monotonic() + seconds
     while True:
         try:
             if (work / name).read_text() == token:
@@ -96,7 +96,7 @@ def _folder_fault(work: Path, token: str, name: str) -> str | None:
         time.sleep(0.2)
 
 
-def _faults(packed: bytes, work: str, token: str, name: str) -> list[str]:
+def _faults(packed: bytes, work: str, token: str, name: str, seconds: float) -> list[str]:
     """What keeps this worker from the tasks, in words. packed: what cluster_check.Check sends, pickled."""
     try:
         importlib.import_module(f"{PACKAGE}.cluster_tasks")
@@ -109,7 +109,7 @@ def _faults(packed: bytes, work: str, token: str, name: str) -> list[str]:
         backend.device(device)
     except ValueError as error:
         faults.append(str(error))
-    folder = _folder_fault(Path(work), token, name)
+    folder = _folder_fault(Path(work), token, name, seconds)
     faults += [folder] if folder else []
     for source in sources:
         try:
@@ -125,6 +125,6 @@ def _faults(packed: bytes, work: str, token: str, name: str) -> list[str]:
     return faults
 
 
-async def faults(packed: bytes, work: str, token: str, name: str) -> list[str]:
+async def faults(*arguments) -> list[str]:
     """_faults(), in a thread, so that the worker is heard of meanwhile."""
-    return await asyncio.to_thread(_faults, packed, work, token, name)
+    return await asyncio.to_thread(_faults, *arguments)

@@ -1,6 +1,7 @@
 """Runs tasks on a Dask cluster, and says so where nothing is heard of it: a wait has an end, and the end has words."""
 
 import asyncio
+import concurrent.futures
 import pickle
 import sys
 import time
@@ -22,6 +23,7 @@ LOOK_SECONDS = 2.0
 QUIET_SECONDS = 10.0  # without a beat, after which a worker is spoken of; they beat twice a second, large clusters less
 REPEAT_SECONDS = 30.0
 NAMED = 4  # workers in one line
+CANCELLED = (asyncio.CancelledError, concurrent.futures.CancelledError)  # what Dask ends a lost task with
 Call = tuple[Callable, tuple]
 
 
@@ -142,13 +144,16 @@ def _is_paused(worker: dict) -> bool:
 class _Run:
     """Calls as tasks: what comes of them, as it comes."""
 
-    def __init__(self, client: Client, watch: Watch, name: str, calls: list[Call]):
+    def __init__(self, client: Client, watch: Watch):
         self._client, self._watch = client, watch
         self._ended: SimpleQueue[Future] = SimpleQueue()
         self._left: dict[str, tuple[int, Future]] = {}  # by key: place and future
-        keys = watch.keys(name, len(calls))
+
+    def start(self, name: str, calls: list[Call]) -> None:
+        """Give the calls to the scheduler."""
+        keys = self._watch.keys(name, len(calls))
         for place, (key, call) in enumerate(zip(keys, calls, strict=True)):
-            future = client.submit(pickle.loads, pickle.dumps(_Called(call)), key=key)
+            future = self._client.submit(pickle.loads, pickle.dumps(_Called(call)), key=key)
             self._left[key] = place, future
             future.add_done_callback(self._ended.put)
 
@@ -192,7 +197,9 @@ class _Run:
 
     def cancel(self) -> None:
         """Give up what has not ended, as far as the scheduler still hears it."""
-        with suppress(OSError, RuntimeError):
+        if self._client.status != "running":
+            return
+        with suppress(OSError, RuntimeError, *CANCELLED):
             left = [future for _, future in self._left.values()]
             ask(self._client, lambda: self._client.cancel(left, asynchronous=True))
 
@@ -204,17 +211,20 @@ def run(
 
     Raises KeepWorkError where the scheduler is gone, and where no worker is heard of for too long.
     """
-    tasks, results = _Run(client, watch, name, calls), [None] * len(calls)
+    tasks, results = _Run(client, watch), [None] * len(calls)
     left = len(calls)
     with tqdm(total=left, desc=name, unit="task", file=sys.stderr) as bar:
         try:
+            tasks.start(name, calls)
             while left:
                 for place, result in tasks.wait(lambda words: bar.write(words, file=sys.stderr)):
                     results[place] = result
                     done(place)
                     bar.update()
                     left -= 1
-        except BaseException:
+        except BaseException as error:
             tasks.cancel()
+            if isinstance(error, CANCELLED) or (isinstance(error, Exception) and client.status != "running"):
+                raise watch.gone() from error
             raise
     return results
