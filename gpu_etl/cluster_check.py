@@ -141,7 +141,7 @@ class Check:
         """Imports, packages, the device, the days and the work folder, as each worker sees them."""
         token, name = uuid.uuid4().hex, CHECK_NAME
         seconds = min(FOLDER_SECONDS, self._seconds / 4)
-        kinds = {kind_of(source.path) for source in self._sources}
+        kinds = {kind_of(file.path) for source in self._sources for file in source.files}
         modules = [module for kind, module in MODULES.items() if kind in kinds]
         packed = pickle.dumps((self._sources, modules, self._settings.device))
         arguments = packed, str(self._work), token, name, seconds

@@ -111,18 +111,20 @@ def _faults(packed: bytes, work: str, token: str, name: str, seconds: float) -> 
         faults.append(str(error))
     folder = _folder_fault(Path(work), token, name, seconds)
     faults += [folder] if folder else []
-    for source in sources:
+    for file in (file for source in sources for file in source.files):
+        expected = tuple(file.stamp)
         try:
-            importlib.import_module(f"{PACKAGE}.sources").check_unchanged(source)
-        except (ValueError, OSError):
-            try:
-                found = os.stat(source.path)
-                what = f"{found.st_size:,} bytes, changed at {found.st_mtime_ns} ns"
-            except OSError as error:
-                what = error.strerror
-            expected = f"{source.stamp.size:,} bytes, changed at {source.stamp.mtime_ns} ns"
-            faults.append(f"{source.path}: expected {expected}, found there: {what}")
+            found = os.stat(file.path)
+            found = found.st_size, found.st_mtime_ns
+        except OSError as error:
+            found = error.strerror
+        if found != expected:
+            faults.append(f"{file.path}: expected {_stamp_words(expected)}, found there: {_stamp_words(found)}")
     return faults
+
+
+def _stamp_words(stamp: tuple[int, int] | str) -> str:
+    return stamp if isinstance(stamp, str) else f"{stamp[0]:,} bytes, written at {stamp[1] / 1e9:.6f} s"
 
 
 async def faults(*arguments) -> list[str]:
