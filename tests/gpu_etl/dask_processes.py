@@ -40,7 +40,7 @@ class Processes:
         place = "--host", "127.0.0.1", "--port", "0", "--dashboard-address", "127.0.0.1:0"
         self.scheduler = self._start("scheduler", *place, "--scheduler-file", str(file))
         deadline = time.monotonic() + START_SECONDS
-        while not file.exists():
+        while not (file.exists() and file.read_text().endswith("}")):  # it is written in place
             assert time.monotonic() < deadline and self.scheduler.poll() is None
             time.sleep(0.05)
         self.address = json.loads(file.read_text())["address"]
