@@ -1,12 +1,15 @@
 """Where the tasks of a cluster run: processes of this machine, or the workers of a Dask scheduler; TLS for both."""
 
+import asyncio
 import logging
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import dask
 import yaml
 from dask.distributed import Client, LocalCluster, Security
+from distributed.comm import core as comm_core
 
 from gpu_etl.errors import DataError
 from gpu_etl.settings import Settings
@@ -99,6 +102,8 @@ def _client(settings: Settings, security: Security | None) -> Client:
     if security is not None and not address.startswith("tls://"):
         raise DataError(f"--scheduler {address} with --security: expected an address that begins with tls://")
     try:
+        with ThreadPoolExecutor(1) as thread:  # this one may be that of a loop already, as in a notebook
+            thread.submit(asyncio.run, _reach(address, security or Security(), seconds)).result()
         client = Client(address, timeout=seconds, security=security)
     except (OSError, ValueError, TypeError, RuntimeError) as error:  # addresses and TLS settings that Dask refuses
         raise DataError(_refused(address, security, seconds, error)) from error
@@ -106,11 +111,19 @@ def _client(settings: Settings, security: Security | None) -> Client:
     return client
 
 
+async def _reach(address: str, security: Security, seconds: float) -> None:
+    """Shake hands with a scheduler. Raises an error where it does not do so in time: a Client waits without end for one
+    that is stopped, or for another server that takes the connection and says nothing."""
+    arguments = security.get_connection_args("client")
+    comm = await asyncio.wait_for(comm_core.connect(address, timeout=seconds, **arguments), seconds + 1)
+    comm.abort()
+
+
 def _refused(address: str, security: Security | None, seconds: float, error: BaseException) -> str:
     """Words for a scheduler that there is no connection to."""
     reasons, cause = [], error
     while cause is not None and len(reasons) < 4:
-        reasons += [" ".join(str(cause).split()) or type(cause).__name__]
+        reasons += [" ".join(str(cause).split())]
         cause = cause.__cause__
     if security is not None:
         advice = "is it there, does it speak TLS, and are its certificate and that of --security both of the CA named?"
@@ -118,7 +131,7 @@ def _refused(address: str, security: Security | None, seconds: float, error: Bas
         advice = "TLS needs --security CA,CERT,KEY, or the like in Dask's own configuration"
     else:
         advice = "start `dask scheduler` there; of one that speaks TLS, the address begins with tls://, with --security"
-    words = "; ".join(dict.fromkeys(reasons))
+    words = "; ".join(dict.fromkeys(filter(None, reasons))) or type(error).__name__
     return f"--scheduler {address}: no Dask scheduler answers there within {seconds:g} s ({words}); {advice}"
 
 

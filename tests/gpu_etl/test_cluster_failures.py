@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import threading
 import time
@@ -75,6 +76,14 @@ def test_no_worker_comes(two_days, tmp_path, capfd):
     with Processes() as processes:
         assert encode(two_days, tmp_path / "set", processes.address, "--worker-timeout", "1.5") == 1
     assert re.search(r"no worker has come within 1.5 s .*start some, `dask worker tcp://", last_line(capfd))
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_server_that_says_nothing(two_days, tmp_path, capfd):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        assert encode(two_days, tmp_path / "set", address, "--worker-timeout", "0.5") == 1
+    assert f"--scheduler {address}: no Dask scheduler answers there within 0.5 s" in last_line(capfd)
     assert not (tmp_path / "set").exists()
 
 
