@@ -46,11 +46,17 @@ class Processes:
         self.address = json.loads(file.read_text())["address"]
 
     def start_workers(
-        self, count: int, project: Path | None = ROOT, security=None, hidden: Path | None = None, **environment: str
+        self,
+        count: int,
+        project: Path | None = ROOT,
+        security=None,
+        hidden: Path | None = None,
+        memory: str = "0",
+        **environment: str,
     ) -> None:
         """Workers of one thread. project: the folder that they import this project from, None for none; hidden: one in
-        whose place they see an empty one; security: for a client."""
-        place = "--host", "127.0.0.1", "--nthreads", "1", "--no-nanny", "--no-dashboard", "--memory-limit", "0"
+        whose place they see an empty one; memory: the most that each may have; security: for a client."""
+        place = "--host", "127.0.0.1", "--nthreads", "1", "--no-nanny", "--no-dashboard", "--memory-limit", memory
         preload = ("--preload", "gpu_etl.cluster_tasks") if project else ()
         outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         if project:
