@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from gpu_etl import cluster_watch, formats, integrity, manifest, parts, shared_files, vocabulary
-from gpu_etl.cluster_check import ROOT, Check
-from gpu_etl.cluster_probe import code_digest
+from gpu_etl.cluster_check import Check
 from gpu_etl.cluster_start import connect
 from gpu_etl.cluster_tasks import (
+    CODE_DIGEST,
     COUNTS,
     checked,
     count_part,
@@ -60,7 +60,6 @@ class Cluster:
         try:
             known = Check(self._client, self._sources, self._settings, self._work).run()
             self._watch = Watch(self._client, self._settings.worker_timeout, self._work, known)
-            self._digest = code_digest(ROOT)
         except BaseException:
             self._close()
             raise
@@ -78,7 +77,7 @@ class Cluster:
 
     def _run(self, name: str, calls: list[Call], done: Callable[[int], None] = lambda place: None) -> list:
         """Results of calls of tasks, in order; done(place) is told of each. The first error ends it all."""
-        calls = [(checked, (self._digest, self._work, *call)) for call in calls]
+        calls = [(checked, (CODE_DIGEST, self._work, *call)) for call in calls]
         return cluster_watch.run(self._client, self._watch, name, calls, done)
 
     def _cut(self) -> list[Part]:

@@ -14,13 +14,13 @@ from dask.distributed import Client
 from distributed.versions import get_versions
 
 from gpu_etl import cluster_probe
+from gpu_etl.cluster_tasks import CODE_DIGEST
 from gpu_etl.cluster_watch import ASK_SECONDS, CANCELLED, LOOK_SECONDS, NAMED, QUIET_SECONDS, ask
 from gpu_etl.errors import DataError
 from gpu_etl.extract import Source, kind_of
 from gpu_etl.settings import Settings
 
 cloudpickle.register_pickle_by_value(cluster_probe)
-ROOT = Path(__file__).parent.parent
 EVERYWHERE = ("dask", "distributed")
 OF_WORKERS = (*EVERYWHERE, "numpy", "numba")
 MODULES = {"zstd": "zstandard", "parquet": "pyarrow"}  # by kind of day file
@@ -117,12 +117,12 @@ class Check:
 
     def _code(self) -> dict[str, dict]:
         """Give this code to workers without it; returns what who() says of each."""
-        digest = cluster_probe.code_digest(ROOT)
+        digest = CODE_DIGEST
         found = self._ask_workers(lambda address: self._run_on(address, cluster_probe.who))
         lacking = [address for address, there in found.items() if there["digest"] is None]
         if lacking:
             print(f"{len(lacking)} workers do not have this project: its code is sent to them", file=sys.stderr)
-            code = cluster_probe.Code(cluster_probe.packed_code(ROOT), digest)
+            code = cluster_probe.Code(cluster_probe.packed_code(cluster_probe.code_root()), digest)
             self._ask(lambda: self._client.register_plugin(code))
             found = self._ask_workers(lambda address: self._run_on(address, cluster_probe.who))
         wrong = {
@@ -132,8 +132,8 @@ class Check:
         }
         _refuse(
             wrong,
-            f"another state of this project's code than that of this command, {digest[:12]}: bring it up to date, or "
-            "start workers where it cannot be imported, so that it is sent to them",
+            f"another state of this project's code than that of this command, {digest[:12]}: bring it up to date and "
+            "start the worker anew, or start it where it cannot be imported: then it is sent there",
         )
         return found
 

@@ -44,11 +44,13 @@ def code_root() -> Path | None:
 
 
 def who() -> dict:
-    """Host, process and code of this worker; digest is None where it does not have the project."""
-    root = code_root()
+    """Host, process and code of this worker; digest is None where it does not have the project. Of code that was
+    imported already, the files may be others by now."""
+    root, tasks = code_root(), sys.modules.get(f"{PACKAGE}.cluster_tasks")
+    digest = None if root is None else code_digest(root)
     return {
         "host": socket.gethostname(), "pid": os.getpid(), "root": str(root or ""),
-        "digest": None if root is None else code_digest(root),
+        "digest": getattr(tasks, "CODE_DIGEST", digest),
     }  # fmt: skip
 
 

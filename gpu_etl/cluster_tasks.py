@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
-from functools import cache, lru_cache, wraps
+from functools import lru_cache, wraps
 from pathlib import Path
 
 import numpy as np
 
 from gpu_etl import backend, shared_files, vocabulary
-from gpu_etl.cluster_probe import code_digest
+from gpu_etl.cluster_probe import code_digest, code_root
 from gpu_etl.counting import CountPass
 from gpu_etl.errors import DataError, KeepWorkError, WorkDamagedError
 from gpu_etl.extract import Source
@@ -34,22 +34,18 @@ from gpu_etl.workfolder import JOB, JOURNAL, clear
 
 COUNTS, IDS = "counts.npz", "ids.npz"
 LOCK_SECONDS = 0.2
+CODE_DIGEST = code_digest(code_root())  # as it is imported: a worker may live longer than the files
 Counted = tuple[Tally, list[int], int]
 """Of a part: its tally, how many rows each bucket got, the sum of its coded rows' digests."""
-
-
-@cache
-def _own_digest() -> str:
-    return code_digest(Path(__file__).parent.parent)
 
 
 def checked(digest: str, work: Path, task: Callable, arguments: tuple):
     """A task, after a look at what may be another than when the cluster was checked: workers come later, too. digest:
     of the code of whoever gives the work; work: the folder that all work in."""
     where = f"worker {socket.gethostname()}, process {os.getpid()}"
-    if _own_digest() != digest:
+    if digest != CODE_DIGEST:
         raise KeepWorkError(
-            f"{where}: another state of this project's code ({_own_digest()[:12]}) than that of the command "
+            f"{where}: another state of this project's code ({CODE_DIGEST[:12]}) than that of the command "
             f"({digest[:12]}); it came later: end it, or bring it up to date, and give the same command again"
         )
     if not (work / JOB).is_file():

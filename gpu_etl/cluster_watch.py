@@ -186,8 +186,8 @@ class _Run:
         error = future.exception()
         if isinstance(error, KilledWorker):
             return self._watch.error(
-                f"{future.key}: {error.allowed_failures + 1} workers have died at this task, the last was "
-                f"{error.last_worker.address}: out of memory? Their logs tell; give them more memory, or fewer threads"
+                f"{future.key}: workers die at this task, the last was {error.last_worker.address}: out of memory? "
+                "Their logs tell; give them more memory, or fewer threads"
             )
         if isinstance(error, MemoryError):
             return self._watch.error(f"{future.key}: a worker is out of memory ({error}); give it more of it")

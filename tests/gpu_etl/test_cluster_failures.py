@@ -17,6 +17,7 @@ import pytest
 pytest.importorskip("dask.distributed")
 
 from gpu_etl.__main__ import main
+from gpu_etl.cluster_probe import code_digest
 from tests import reference
 from tests.gpu_etl.dask_processes import ROOT, Processes
 from tests.gpu_etl.test_cluster import environment  # noqa: F401 - what Dask puts there must not stay
@@ -169,6 +170,20 @@ def test_workers_with_other_versions_are_refused(two_days, tmp_path, capfd, work
         assert encode(two_days, tmp_path / "set", processes.address) == 1
     assert re.search(expected, last_line(capfd))
     assert not (tmp_path / "set").exists()
+
+
+def test_a_worker_that_is_older_than_its_files_is_refused(two_days, tmp_path, capfd):
+    settings = other_code(tmp_path)["project"] / "gpu_etl" / "settings.py"
+    text = settings.read_text()
+    settings.write_text(f"{text}# of yesterday\n")
+    for package in ("load", "doctor"):
+        shutil.copytree(ROOT / "gpu_etl" / package, tmp_path / "gpu_etl" / package)
+    with Processes() as processes:
+        processes.start_workers(1, project=tmp_path)
+        settings.write_text(text)
+        assert code_digest(tmp_path) == code_digest(ROOT)
+        assert encode(two_days, tmp_path / "set", processes.address) == 1
+    assert "another state of this project's code than that of this command" in last_line(capfd)
 
 
 def can_hide() -> bool:

@@ -12,11 +12,11 @@ pytest.importorskip("dask.distributed")
 import dask
 from dask.distributed import Client, LocalCluster
 
-from gpu_etl import cluster_watch
+from gpu_etl import cluster_watch, packages
 from gpu_etl.cluster_probe import code_digest
 from gpu_etl.cluster_tasks import checked, count_part
 from gpu_etl.cluster_watch import Watch
-from gpu_etl.errors import BadRowError, KeepWorkError
+from gpu_etl.errors import DataError, KeepWorkError
 from gpu_etl.extract import open_sources
 from gpu_etl.journal import Journal
 from gpu_etl.parts import Part
@@ -43,10 +43,6 @@ def watch(client, tmp_path):
     return Watch(client, 60.0, tmp_path, {})
 
 
-def fail(error: Exception) -> None:
-    raise error
-
-
 def test_results_come_in_the_order_of_the_calls(client, watch):
     seen = []
     calls = [(pow, (base, 2)) for base in range(50)]
@@ -59,8 +55,8 @@ def test_results_come_in_the_order_of_the_calls(client, watch):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        ((os._exit, (1,)), r"odd-0-\w+: 1 workers have died at this task, the last was tcp://.*: out of memory\?"),
-        ((fail, (MemoryError("9 GB"),)), r"a worker is out of memory \(9 GB\)"),
+        ((os._exit, (1,)), r"odd-0-\w+: workers die at this task, the last was tcp://.*: out of memory\?"),
+        ((bytearray, (1 << 62,)), r"a worker is out of memory \(.*\); give it more of it"),
         ((importlib.import_module, ("no_such_module",)), r"cannot run it \(No module named 'no_such_module'\)"),
     ],
 )
@@ -71,8 +67,9 @@ def test_what_ends_a_task_has_words_and_keeps_the_work(client, watch, tmp_path, 
 
 
 def test_errors_of_a_task_come_as_they_are(client, watch):
-    with pytest.raises(BadRowError, match="row 7"):
-        cluster_watch.run(client, watch, "odd", [(pow, (2, 2)), (fail, (BadRowError("row 7"),))])
+    with pytest.raises(DataError, match="a day: the package no_such_one is missing") as caught:
+        cluster_watch.run(client, watch, "odd", [(pow, (2, 2)), (packages.require, ("no_such_one", "a day"))])
+    assert type(caught.value) is DataError
 
 
 def test_a_worker_without_memory_is_named(two_days, tmp_path, capfd):  # noqa: F811
