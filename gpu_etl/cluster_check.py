@@ -13,14 +13,15 @@ import cloudpickle
 from dask.distributed import Client
 from distributed.versions import get_versions
 
-from gpu_etl import cluster_probe
+from gpu_etl import cluster_code, cluster_probe
 from gpu_etl.cluster_tasks import CODE_DIGEST
 from gpu_etl.cluster_watch import ASK_SECONDS, CANCELLED, LOOK_SECONDS, NAMED, QUIET_SECONDS, ask
 from gpu_etl.errors import DataError
 from gpu_etl.extract import Source, kind_of
 from gpu_etl.settings import Settings
 
-cloudpickle.register_pickle_by_value(cluster_probe)
+for travelling in (cluster_probe, cluster_code):
+    cloudpickle.register_pickle_by_value(travelling)
 EVERYWHERE = ("dask", "distributed")
 OF_WORKERS = (*EVERYWHERE, "numpy", "numba")
 MODULES = {"zstd": "zstandard", "parquet": "pyarrow"}  # by kind of day file
@@ -122,7 +123,7 @@ class Check:
         lacking = [address for address, there in found.items() if there["digest"] is None]
         if lacking:
             print(f"{len(lacking)} workers do not have this project: its code is sent to them", file=sys.stderr)
-            code = cluster_probe.Code(cluster_probe.packed_code(cluster_probe.code_root()), digest)
+            code = cluster_code.Code(cluster_code.packed_code(cluster_probe.code_root()), digest)
             self._ask(lambda: self._client.register_plugin(code))
             found = self._ask_workers(lambda address: self._run_on(address, cluster_probe.who))
         wrong = {

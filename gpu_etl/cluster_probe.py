@@ -1,23 +1,20 @@
-"""What a worker of a Dask cluster is asked before it gets work, and how it gets this code where it has none.
+"""What a worker of a Dask cluster is asked before it gets work.
 
 All of this travels by value: it runs on workers that do not have the project, so nothing here imports it at the top,
-and the standard library and Dask suffice.
+and the standard library suffices.
 """
 
 import asyncio
 import hashlib
 import importlib
 import importlib.util
-import io
 import os
 import pickle
 import socket
 import sys
 import time
-import zipfile
+import uuid
 from pathlib import Path
-
-from distributed.diagnostics.plugin import WorkerPlugin
 
 PACKAGE, PACKAGES = "gpu_etl", ("gpu_etl", "common")
 
@@ -54,36 +51,10 @@ def who() -> dict:
     }  # fmt: skip
 
 
-def packed_code(root: Path) -> bytes:
-    """A zip file of code_files()."""
-    packed = io.BytesIO()
-    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in code_files(root):
-            archive.write(path, path.relative_to(root).as_posix())
-    return packed.getvalue()
-
-
-class Code(WorkerPlugin):
-    """Gives the project's code to workers that do not have it, also to those that come later; others keep theirs."""
-
-    def __init__(self, packed: bytes, digest: str):
-        self.packed, self.digest, self.name = packed, digest, f"{PACKAGE}-{digest[:12]}"
-
-    def setup(self, worker) -> None:
-        """Unpack the code into the worker's own folder, and import it from there."""
-        if code_root() is not None:
-            return
-        folder = Path(worker.local_directory) / self.name
-        with zipfile.ZipFile(io.BytesIO(self.packed)) as archive:
-            archive.extractall(folder)
-        sys.path.insert(0, str(folder))
-        importlib.invalidate_caches()
-
-
 def _folder_fault(work: Path, token: str, name: str, seconds: float) -> str | None:
     """What keeps this process from work in a folder where a file of that name holds the token; None if nothing.
     seconds: how much later than elsewhere the file may be seen here, as a network file system allows."""
-    mine, deadline = work / f"{name}.{os.getpid()}", time.monotonic() + seconds
+    mine, deadline = work / f"{name}.{uuid.uuid4().int}", time.monotonic() + seconds
     while True:
         try:
             if (work / name).read_text() == token:
@@ -101,14 +72,13 @@ def _folder_fault(work: Path, token: str, name: str, seconds: float) -> str | No
 def _faults(packed: bytes, work: str, token: str, name: str, seconds: float) -> list[str]:
     """What keeps this worker from the tasks, in words. packed: what cluster_check.Check sends, pickled."""
     try:
-        importlib.import_module(f"{PACKAGE}.cluster_tasks")
-        backend = importlib.import_module(f"{PACKAGE}.backend")
+        tasks = importlib.import_module(f"{PACKAGE}.cluster_tasks")
         sources, modules, device = pickle.loads(packed)
     except Exception as error:  # whatever an import on another machine may raise
         return [f"its {PACKAGE} cannot be imported ({type(error).__name__}: {error})"]
     faults = [f"the package {name} is missing" for name in modules if importlib.util.find_spec(name) is None]
     try:
-        backend.device(device)
+        tasks.check_device(device)
     except ValueError as error:
         faults.append(str(error))
     folder = _folder_fault(Path(work), token, name, seconds)

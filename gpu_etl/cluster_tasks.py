@@ -116,6 +116,12 @@ def _one_at_a_time(task: Callable) -> Callable:
 _device_lock = threading.Lock()
 
 
+def check_device(name: str) -> None:
+    """Raise DataError where this worker does not have the device."""
+    with _device_lock:
+        backend.device(name)
+
+
 @_one_at_a_time
 def count_part(days: list[Source], part: Part, settings: Settings, work: Path, buckets: int) -> Counted:
     """Task: the count pass over one part, in its folder; anew, which is said, where an earlier run of it left damaged

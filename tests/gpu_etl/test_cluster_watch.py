@@ -48,7 +48,8 @@ def test_results_come_in_the_order_of_the_calls(client, watch):
     calls = [(pow, (base, 2)) for base in range(50)]
     assert cluster_watch.run(client, watch, "some", calls, seen.append) == [base**2 for base in range(50)]
     assert sorted(seen) == list(range(50))
-    assert cluster_watch.run(client, watch, "some", [(pow, (base, 3)) for base in range(5)]) == [0, 1, 8, 27, 64]
+    for exponent in range(20):  # Dask takes a key that it still knows for the task that had it
+        assert cluster_watch.run(client, watch, "some", [(pow, (2, exponent))]) == [2**exponent]
     assert cluster_watch.run(client, watch, "none", []) == []
 
 
