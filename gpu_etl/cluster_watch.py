@@ -22,7 +22,9 @@ ASK_SECONDS = 10.0  # for an answer of the scheduler
 LOOK_SECONDS = 2.0
 QUIET_SECONDS = 10.0  # without a beat, after which a worker is spoken of; they beat twice a second, large clusters less
 REPEAT_SECONDS = 30.0
+WAIT_SECONDS = 0.5
 NAMED = 4  # workers in one line
+NOBODY = "workers are there, but none has a task of this run, or gives its results"
 CANCELLED = (asyncio.CancelledError, concurrent.futures.CancelledError)  # what Dask ends a lost task with
 Call = tuple[Callable, tuple]
 
@@ -60,6 +62,7 @@ class Watch:
         self._quiet, self._repeat, self._interval = (
             min(most, seconds / 4) for most in (QUIET_SECONDS, REPEAT_SECONDS, LOOK_SECONDS)
         )
+        self.answer_seconds = min(ASK_SECONDS, seconds / 2)
         self._beats: dict[str, tuple[float, float]] = {}  # by worker: the scheduler's time of the last, ours
         self._said = self._looked = 0.0
         self._run_id, self._runs = uuid.uuid4().hex[:8], 0
@@ -93,8 +96,8 @@ class Watch:
         now = self._looked = time.monotonic()
         if now - self._life > self._seconds:
             raise self.error(
-                f"no task has ended and no worker at one was heard of for {now - self._life:.0f} s: {words}; end what "
-                "hangs, and start workers where they are missing"
+                f"no task has ended and no worker at one was heard of for {now - self._life:.0f} s: {words or NOBODY}; "
+                "end what hangs, and start workers where they are missing"
             )
         if words and now - max(self._said, self._life) > self._repeat:
             say(f"{words}; without life for {self._seconds:g} s (--worker-timeout) the run ends")
@@ -102,7 +105,7 @@ class Watch:
 
     def _hear(self) -> str:
         """Note which workers beat; returns words for what is wrong, empty where nothing is."""
-        scheduler, seconds = self._client.scheduler, min(ASK_SECONDS, self._seconds)
+        scheduler, seconds = self._client.scheduler, self.answer_seconds
         try:
             workers = ask(self._client, lambda: scheduler.identity(n_workers=-1), seconds)["workers"]
             holding = ask(self._client, lambda: scheduler.processing(workers=None), seconds)
@@ -156,13 +159,13 @@ class _Run:
             future = self._client.submit(pickle.loads, pickle.dumps(_Called(call)), key=key)
             self._left[key] = place, future
             future.add_done_callback(self._ended.put)
+        self._watch.heard()  # between two runs there is nobody to be heard of
 
     def wait(self, say: Callable[[str], None]) -> list[tuple[int, Any]]:
         """Places and results of some more calls; none where a moment passed without. Raises what a task raised."""
-        self._watch.look(say)
         futures = []
         with suppress(Empty):
-            futures.append(self._ended.get(timeout=LOOK_SECONDS / 4))
+            futures.append(self._ended.get(timeout=WAIT_SECONDS))
             while True:
                 futures.append(self._ended.get_nowait())
         for future in futures:
@@ -170,13 +173,21 @@ class _Run:
                 raise self._explained(future)
             if future.status == "cancelled":
                 raise self._watch.gone()
-        if not futures:
-            return []
+        found = self._fetch(futures) if futures else []
+        self._watch.look(say)
+        return found
+
+    def _fetch(self, futures: list[Future]) -> list[tuple[int, Any]]:
+        """Places and results of calls that have ended; none where those who hold the results do not answer: then the
+        scheduler has them made again, or they are asked again."""
         try:
-            results = ask(self._client, lambda: self._client.gather(futures))
-        except OSError:  # whoever holds them is gone, or busy: the task is made again, or it is asked again
+            results = ask(self._client, lambda: self._client.gather(futures), self._watch.answer_seconds)
+        except Exception as error:
+            if not isinstance(error, OSError) and all(future.status != "error" for future in futures):
+                raise
             for future in futures:
                 future.add_done_callback(self._ended.put)
+            time.sleep(WAIT_SECONDS)
             return []
         self._watch.heard()
         return [(self._left.pop(future.key)[0], result) for future, result in zip(futures, results, strict=True)]

@@ -88,6 +88,7 @@ def test_a_server_that_says_nothing(two_days, tmp_path, capfd):
     assert not (tmp_path / "set").exists()
 
 
+@pytest.mark.slow
 def test_the_scheduler_is_killed(two_days, expected, tmp_path, capfd):
     out = tmp_path / "set"
     with Processes() as processes:
@@ -103,6 +104,7 @@ def test_the_scheduler_is_killed(two_days, expected, tmp_path, capfd):
     assert digests(out) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blow", ["all are killed", "one is stopped"])
 def test_workers_are_killed_or_stopped(two_days, expected, tmp_path, capfd, blow):
     out = tmp_path / "set"

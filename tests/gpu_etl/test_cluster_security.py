@@ -31,6 +31,7 @@ def listening() -> dict[str, set[int]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("address", "expected_at"), [("", {"127.0.0.1"}), (":0", {"127.0.0.1", "0.0.0.0"})])
 def test_a_local_cluster_listens_at_loopback_unless_asked(two_days, tmp_path, monkeypatch, address, expected_at):  # noqa: F811
     count, before, seen = Cluster.count, set(listening()), []
@@ -63,6 +64,7 @@ def named(folder: Path, ca: str, cert: str, key: str) -> str:
     return ",".join(str(folder / name) for name in (ca, cert, key))
 
 
+@pytest.mark.slow
 @needs_openssl
 def test_tls(two_days, expected, certificates, tmp_path, monkeypatch, capfd):  # noqa: F811
     ours = named(certificates, "ours_ca.pem", "ours.pem", "ours.key")

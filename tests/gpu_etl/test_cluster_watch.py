@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -73,6 +74,40 @@ def test_errors_of_a_task_come_as_they_are(client, watch):
     assert type(caught.value) is DataError
 
 
+def test_time_that_the_command_itself_takes_is_not_the_workers(client, tmp_path):
+    watch = Watch(client, 1.0, tmp_path, {})
+    time.sleep(1.2)
+    calls = [(pow, (2, 2))] * 3
+    assert cluster_watch.run(client, watch, "late", calls, lambda place: time.sleep(0.6)) == [4] * 3
+    assert cluster_watch.run(client, watch, "late", [(time.sleep, (3,))]) == [None]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("who", "sign", "words"),
+    [
+        ("worker", signal.SIGSTOP, r"no task has ended .* not heard of: tcp://"),
+        ("scheduler", signal.SIGKILL, "is gone, or has dropped the tasks"),
+    ],
+)
+def test_results_that_cannot_be_had(tmp_path, who, sign, words):
+    """The task has ended, but whoever passes on what came of it is no more."""
+    with Processes() as processes:
+        processes.start_workers(1)
+        struck = processes.workers[0] if who == "worker" else processes.scheduler
+        with Client(processes.address, set_as_default=False) as own:
+            watch, gather = Watch(own, 2.0, tmp_path, {}), own.gather
+
+            def strike(futures):
+                os.kill(struck.pid, sign)
+                return gather(futures)
+
+            own.gather = strike
+            with pytest.raises(KeepWorkError, match=words):
+                cluster_watch.run(own, watch, "held", [(pow, (2, 2))])
+
+
+@pytest.mark.slow
 def test_a_worker_without_memory_is_named(two_days, tmp_path, capfd):  # noqa: F811
     with Processes() as processes:
         processes.start_workers(1, memory="60MB")
