@@ -87,6 +87,14 @@ def _add_encode_flags(parser: argparse.ArgumentParser) -> None:
         help="spread the days over N processes of this machine, one GPU each with --device cuda")  # fmt: skip
     add("--scheduler", default="", metavar="tcp://HOST:PORT",
         help="spread the days over the workers of this Dask scheduler; all must see the same folders")  # fmt: skip
+    add("--security", default="", metavar="CA,CERT,KEY|FILE",
+        help="TLS for --scheduler tls://HOST:PORT or --workers: PEM files, or Dask's settings as YAML")  # fmt: skip
+    add("--worker-timeout", type=float, default=default.worker_timeout, metavar="S",
+        help="end with an error where no worker comes, or no task ends and no worker at one is heard of, for S seconds "
+        "(default: 120)")  # fmt: skip
+    add("--dashboard-address", default="", metavar="HOST:PORT",
+        help="where Dask's dashboard listens with --workers; :PORT is all of this machine's addresses (default: "
+        "127.0.0.1 and a free port)")  # fmt: skip
     add("--slab-bytes", type=int, default=default.slab_bytes, metavar="N",
         help="text held at a time, a few times over; never changes the output (default: 8 MiB; GPU: 64)")  # fmt: skip
     add("--memory-limit", type=_size, default=0, metavar="SIZE",
@@ -135,6 +143,7 @@ def settings(args: argparse.Namespace) -> Settings:
         preset=choose_preset(args.preset, **{rule: getattr(args, rule) for rule in RULES}),
         days=args.days, fractions=args.fractions, shuffle=args.shuffle, seed=args.seed, form=args.format,
         bad_rows=args.bad_rows, max_bad_rows=args.max_bad_rows, device=args.device, threads=args.threads,
-        workers=args.workers, scheduler=args.scheduler, memory_limit=args.memory_limit,
+        workers=args.workers, scheduler=args.scheduler, security=args.security, worker_timeout=args.worker_timeout,
+        dashboard_address=args.dashboard_address, memory_limit=args.memory_limit,
         slab_bytes=args.slab_bytes, keep_on_device=args.keep_on_device,
     )  # fmt: skip
