@@ -106,21 +106,21 @@ class _Ids:
         }
 
 
-def _meanings(settings: dict | None) -> dict:
-    """What the numbers of the records stand for, by the manifest's settings."""
-    if settings is None:
+def _meanings(description: Manifest | None) -> dict:
+    """What the numbers of the records stand for, by the manifest."""
+    if description is None:
         unknown = "unknown without a manifest"
         return {"zero": unknown, "rare_id": 0, "rare": unknown, "order": f"order of the training rows: {unknown}"}
-    preset = settings["preset"]
-    # Manifests written before the presets had these rules lack them.
-    limit, min_count = preset.get("max_table_size", 0), preset["min_count"]
-    rare = [f"values seen fewer than {min_count} times"] * (min_count > 1)
-    rare += [f"values beyond {limit:,} ids"] * (limit > 0) + ["missing values"] * (not preset["missing_is_zero"])
+    preset = description.preset()
+    rare = [f"values seen fewer than {preset.min_count} times"] * (preset.min_count > 1)
+    rare += [f"values beyond {preset.max_table_size:,} ids"] * (preset.max_table_size > 0)
+    rare += ["missing values"] * (not preset.missing_is_zero)
+    shuffled = description.settings["shuffle"]
     return {
-        "zero": ZEROS[preset.get("dense", "clamp")],
-        "rare_id": preset.get("rare_id", 0),
-        "rare": ", ".join(rare) or ("an ordinary value, the first" if preset["first_id"] == 0 else "no value"),
-        "order": "training rows are shuffled" if settings["shuffle"] else "training rows in order of the days",
+        "zero": ZEROS[preset.dense],
+        "rare_id": preset.rare_id,
+        "rare": ", ".join(rare) or ("an ordinary value, the first" if preset.first_id == 0 else "no value"),
+        "order": "training rows are shuffled" if shuffled else "training rows in order of the days",
     }
 
 
@@ -160,7 +160,7 @@ def inspect(folder: Path, progress=lambda rows: None) -> dict:
     """
     dataset = open_dataset(folder, "auto")
     description = dataset.manifest
-    meanings = _meanings(description.settings if description else None)
+    meanings = _meanings(description)
     labels = {split: _Labels(dataset.splits[split].rows) for split in SPLITS if split in dataset.splits}
     integers = _Integers()
     limits = description.table_sizes if description else [ID_LIMIT] * SPARSE

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from gpu_etl.errors import DataError
 from gpu_etl.load.dataset import DataSet
-from gpu_etl.manifest import FILE_NAME, Manifest, describe_file
+from gpu_etl.manifest import FILE_NAME, VOCABULARY, Manifest, describe_file
 from gpu_etl.schema import DENSE, SPARSE, split_file
-from gpu_etl.vocabulary import FILE_NAME as VOCABULARY
 
 SAMPLES, SAMPLE_BYTES = 256, 1 << 16  # of a file of more than 16 MiB
 

@@ -9,6 +9,7 @@ import numpy as np
 from gpu_etl.errors import DataError
 from gpu_etl.load.files import DataFile
 from gpu_etl.load.sources import Source, check_range
+from gpu_etl.npz import read_header
 from gpu_etl.schema import DENSE, FIRST_DENSE, FIRST_SPARSE, SPARSE
 
 # Part -> the columns it holds, its width, dtypes it may have, the endings of its name.
@@ -25,12 +26,7 @@ class _Array:
 
     def __init__(self, path: Path, width: int, kinds: Sequence[str]):
         with open(path, "rb") as file:
-            try:
-                version = np.lib.format.read_magic(file)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, fortran, self.dtype = read(file)
-            except ValueError as error:
-                raise DataError(f"{path}: expected a .npy file: {error}") from error
+            shape, fortran, self.dtype = read_header(file, str(path))
             self._start = file.tell()
         self.rows, self._width = shape[0] if shape else 0, width
         if shape not in ((self.rows, width), (self.rows,) * (width == 1)) or fortran or self.dtype.kind not in kinds:

@@ -1,0 +1,82 @@
+"""Arrays in .npy and .npz files from outside: what a header says is looked at before anything is read.
+
+np.load() believes a header: it allocates what that says, and inflates whatever a zip entry holds.
+"""
+
+import tokenize
+import zipfile
+import zlib
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from gpu_etl.errors import DataError
+
+# What NumPy's reader of headers, which parses Python, raises for bytes that are none.
+_NO_HEADER = (
+    ValueError, TypeError, SyntaxError, OverflowError, RecursionError, MemoryError, AttributeError, tokenize.TokenError,
+)  # fmt: skip
+
+
+def read_header(file: BinaryIO, where: str) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Shape, whether it is stored column after column, and dtype by the header that begins a .npy file; the file's
+    place is behind it then. Raises DataError, naming `where`, where there is none."""
+    try:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+    except _NO_HEADER as error:
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(f"{where}: expected a .npy file: {words}") from error
+    return shape, fortran, dtype
+
+
+class Reader:
+    """An uncompressed .npz file, as np.savez writes it; for use in `with`. Raises DataError where it is something else,
+    or damaged."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        try:
+            self._zip = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, NotImplementedError, ValueError, UnicodeDecodeError) as error:
+            raise DataError(f"{path}: not a .npz file, or a damaged one: {error}") from error
+        total, size = sum(entry.compress_size for entry in self._zip.infolist()), path.stat().st_size
+        if total > size:
+            raise DataError(f"{path}: tells of {total:,} bytes of arrays in a file of {size:,}; not a .npz file")
+
+    def read(self, name: str, dtype: type, dimensions: int) -> np.ndarray:
+        """The array of that name. Raises DataError where there is none of this dtype and number of dimensions (0, 1);
+        its size is checked before it is read."""
+        where = f"{self._path}: {name}.npy"
+        try:
+            entry = self._zip.getinfo(f"{name}.npy")
+        except KeyError:
+            raise DataError(f"{where}: no such array; this is another kind of .npz file, or a damaged one") from None
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+            raise DataError(
+                f"{where}: is compressed, {entry.compress_size:,} bytes that open to {entry.file_size:,}; expected it "
+                "uncompressed, as np.savez writes it"
+            )
+        try:
+            with self._zip.open(entry) as file:
+                shape, _, found = read_header(file, where)
+                expected = np.dtype(dtype)
+                if found != expected or len(shape) != dimensions:
+                    raise DataError(f"{where}: expected {expected} with {dimensions} dimensions, got {found} {shape}")
+                size = expected.itemsize * (shape[0] if shape else 1)
+                if size != entry.file_size - file.tell():
+                    raise DataError(f"{where}: expected {size:,} bytes by its header, got "
+                                    f"{entry.file_size - file.tell():,}")  # fmt: skip
+                return np.frombuffer(bytearray(file.read()), expected).reshape(shape)
+        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error, ValueError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{where}: damaged ({error})") from error
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._zip.close()
