@@ -119,13 +119,13 @@ def check_file(path: Path, expected: dict) -> None:
 
 def identity(value) -> str:
     """A digest of something that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def write_json(path: Path, value) -> None:
     """Write a value with a checksum beside it, whole or not at all."""
     temporary = path.with_name(path.name + ".part")
-    body = json.dumps(value)
+    body = json.dumps(value, allow_nan=False)
     with open(temporary, "w") as file:
         file.write(json.dumps({"crc32": f"{zlib.crc32(body.encode()):08x}", "value": body}))
         file.flush()

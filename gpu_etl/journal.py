@@ -61,7 +61,7 @@ class Journal:
             self._write(event)
 
     def _write(self, event: dict) -> None:
-        body = json.dumps(event)[:-1]
+        body = json.dumps(event, allow_nan=False)[:-1]
         self._crc32 = zlib.crc32(body.encode(), self._crc32)
         line = f'{body}{CHAIN}{self._crc32:08x}"}}\n'.encode()
         while line:  # a disk that is almost full takes a part, and raises only when asked again

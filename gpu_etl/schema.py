@@ -87,8 +87,8 @@ class Preset:
             raise DataError(f"--rare-id: expected 0, or an id below --first-id {self.first_id}, got {self.rare_id}")
         if self.first_id == 0 and (self.min_count > 1 or self.max_table_size):
             raise DataError(
-                f"--min-count {self.min_count} --max-table-size {self.max_table_size}: preset {self.name!r} keeps "
-                "every value and has no id for rare ones; use --preset count"
+                f"--first-id 0 --min-count {self.min_count} --max-table-size {self.max_table_size}: expected to keep "
+                f"every value, as preset {self.name!r} has no id for rare ones; use --preset count"
             )
         if 0 < self.max_table_size <= self.first_id:
             raise DataError(f"--max-table-size: expected more than {self.first_id}, got {self.max_table_size}")

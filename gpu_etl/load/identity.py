@@ -36,7 +36,7 @@ def rows_digest(data: DataSet, split: str = "train") -> str:
             name for name in sorted(data.manifest.files) if name == split_file(split) or name.startswith(f"{split}/")
         ]
         sums = [(name, _sha256(data.manifest, name)) for name in names]
-        return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(sums, allow_nan=False).encode()).hexdigest()
     return sample(data.splits[split].paths)
 
 
