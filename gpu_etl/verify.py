@@ -22,7 +22,11 @@ def verify(folder: Path, progress=lambda rows: None) -> dict:
             raise DataError(f"{path}: no such file, but the manifest lists it; encode the days again")
         found = describe_file(path)
         if found != expected:
-            raise DataError(f"{path}: expected {expected}, found {found}; the file was changed or damaged")
+            what = "another SHA-256" if found["bytes"] == expected["bytes"] else f"{found['bytes']:,} bytes"
+            raise DataError(
+                f"{path}: expected the {expected['bytes']:,} bytes of the manifest, found {what}; the file was "
+                "changed or damaged: encode the days again"
+            )
     sizes = manifest.table_sizes
     Vocabulary.load(folder, sizes).check(manifest.preset().first_id, sizes, folder / VOCABULARY)
     dataset = open_dataset(folder, "auto")

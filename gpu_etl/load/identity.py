@@ -62,9 +62,10 @@ def check_vocabulary(folder: Path, manifest: Manifest) -> None:
     path = Path(folder) / VOCABULARY
     if not path.is_file():
         raise DataError(f"{path}: no such file; `python -m gpu_etl encode` writes it beside the data set")
-    expected, found = manifest.files.get(VOCABULARY), describe_file(path)
+    expected, found = manifest.files[VOCABULARY], describe_file(path)
     if found != expected:
+        what = "another SHA-256" if found["bytes"] == expected["bytes"] else f"{found['bytes']:,} bytes"
         raise DataError(
-            f"{path}: expected {expected} by {FILE_NAME}, found {found}; the id maps were changed, or are another data "
-            "set's: encode the days again"
+            f"{path}: expected the {expected['bytes']:,} bytes of {FILE_NAME}, found {what}; the id maps were changed, or "
+            "are another data set's: encode the days again"
         )
