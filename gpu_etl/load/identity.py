@@ -66,6 +66,6 @@ def check_vocabulary(folder: Path, manifest: Manifest) -> None:
     if found != expected:
         what = "another SHA-256" if found["bytes"] == expected["bytes"] else f"{found['bytes']:,} bytes"
         raise DataError(
-            f"{path}: expected the {expected['bytes']:,} bytes of {FILE_NAME}, found {what}; the id maps were changed, or "
-            "are another data set's: encode the days again"
+            f"{path}: expected the {expected['bytes']:,} bytes of {FILE_NAME}, found {what}; the id maps were "
+            "changed, or are another data set's: encode the days again"
         )
