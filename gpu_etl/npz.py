@@ -3,6 +3,7 @@
 np.load() believes a header: it allocates what that says, and inflates whatever a zip entry holds.
 """
 
+import struct
 import tokenize
 import zipfile
 import zlib
@@ -16,6 +17,12 @@ from gpu_etl.errors import DataError
 # What NumPy's reader of headers, which parses Python, raises for bytes that are none.
 _NO_HEADER = (
     ValueError, TypeError, SyntaxError, OverflowError, RecursionError, MemoryError, AttributeError, tokenize.TokenError,
+)  # fmt: skip
+
+# What zipfile raises for bytes that are no archive, or an encrypted one; OSError: an offset before the file's begin.
+_DAMAGED = (
+    zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error, ValueError, OverflowError, OSError,
+    struct.error,
 )  # fmt: skip
 
 
@@ -40,7 +47,7 @@ class Reader:
         self._path = path
         try:
             self._zip = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, NotImplementedError, ValueError, UnicodeDecodeError) as error:
+        except _DAMAGED as error:
             raise DataError(f"{path}: not a .npz file, or a damaged one: {error}") from error
         total, size = sum(entry.compress_size for entry in self._zip.infolist()), path.stat().st_size
         if total > size:
@@ -70,9 +77,9 @@ class Reader:
                     raise DataError(f"{where}: expected {size:,} bytes by its header, got "
                                     f"{entry.file_size - file.tell():,}")  # fmt: skip
                 return np.frombuffer(bytearray(file.read()), expected).reshape(shape)
-        except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error, ValueError) as error:
-            if isinstance(error, DataError):
-                raise
+        except DataError:
+            raise
+        except _DAMAGED as error:
             raise DataError(f"{where}: damaged ({error})") from error
 
     def __enter__(self) -> "Reader":

@@ -19,6 +19,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 
 from tests.conftest import ROOT
@@ -27,6 +28,8 @@ from tests.failures.cases import FULL_BYTES, Case, all_cases, big, template
 LIMIT = 240  # seconds a command may take
 GUARD = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--"]
 SHOWN = 400  # characters of a line
+ENDS = re.compile(r"(rank \d+: |\S+: )?(error: |interrupted|terminated|SIG[A-Z]+ after)")
+NOT_OURS = re.compile(r"[IWE]\d{4} \d\d:|Traceback|=====|-----")  # torchrun's
 NOT_HERE = "not run: needs root"
 PAGE = """# What happens when something is wrong
 
@@ -64,10 +67,11 @@ def last_words(text: str, status: int | None) -> str:
     """What a user reads last: the error where there is one, otherwise the last line; progress bars go."""
     lines = [line.rpartition("\r")[2].strip() for line in text.split("\n")]
     lines = [line for line in lines if line and not re.search(r"\d+%\||it/s\]|rows/s\]|\?[a-z]*/s\]", line)]
-    errors = [number for number, line in enumerate(lines) if re.match(r"(\S+: )?error: ", line)]
-    if errors and status:
-        return " / ".join(lines[errors[0] : errors[0] + 3])
-    return lines[-1] if lines else ""
+    found = [number for number, line in enumerate(lines) if ENDS.match(line)]
+    if not found or not status:
+        return lines[-1] if lines else ""
+    more = list(takewhile(lambda line: not NOT_OURS.match(line), lines[found[0] : found[0] + 3]))
+    return " / ".join(more)
 
 
 class Runner:
