@@ -202,9 +202,9 @@ def inspect(folder: Path, progress=lambda rows: None) -> dict:
     ids_in_train, rare_id_share, top_1_share, top_10_share, top_100_share (rare_id counts as an id), unseen_test_share:
     test rows whose id the training split never shows.
 
-    Shares are of rows, 0 to 1. Memory: some blocks of rows, and 8 B per id of every table, or, without a manifest, about
-    50 B per id seen. `progress` is called with the number of rows read since the last call. Raises DataError where the
-    data set cannot be opened, or holds a label or id out of range.
+    Shares are of rows, 0 to 1. Memory: some blocks of rows, and 8 B per id of every table, or, without a manifest,
+    about 50 B per id seen. `progress` is called with the number of rows read since the last call. Raises DataError
+    where the data set cannot be opened, or holds a label or id out of range.
     """
     dataset = open_dataset(folder, "auto")
     description = dataset.manifest
