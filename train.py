@@ -29,6 +29,7 @@ from gpu_etl.load.identity import meaning, rows_digest, sample
 from gpu_etl.load.raw import RawDay
 from gpu_etl.load.resident import ResidentLoader
 from gpu_etl.load.scores import ScoreWriter
+from gpu_etl.part_files import is_day
 from gpu_etl.schema import DENSE, SPARSE
 from model import checkpoint, flags, inference, memory, options, runs
 from model.config import ConfigError, ModelConfig, read_config
@@ -274,7 +275,7 @@ def predict(session: Session) -> dict:
     """Write the scores of a raw day, or of a data set's test split; returns their metrics, where there are labels."""
     args = session.args
     source = args.input or args.dataset
-    if source.is_dir():
+    if source.is_dir() and not is_day(source):
         data = open_dataset(source, "auto")
         check_data(args, data, session.trainer.model.config)
         loader = CpuLoader(data.splits["test"], args.test_batch_size, session.device)
