@@ -51,8 +51,12 @@ class Journal:
         expected = zlib.crc32(body, self._crc32)
         if not chain or crc32 != f'{expected:08x}"}}\n'.encode():
             return None
+        try:
+            event = json.loads(body + b"}")
+        except (ValueError, RecursionError):
+            return None
         self._crc32 = expected
-        return json.loads(body + b"}")
+        return event
 
     def record(self, **event) -> None:
         """Append an event. Everything it speaks of must have been written before."""

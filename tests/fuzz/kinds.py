@@ -106,7 +106,7 @@ class Case:
 def _expected(days: list[list], preset: str, min_count: int) -> list[np.ndarray]:
     """Records int32 of train, test and val by the reference, of rows in file order."""
     records = [np.array(day, np.int32).reshape(-1, 40) for day in encode_days(days, preset, min_count=min_count)]
-    half = -(-len(records[-1]) // 2)
+    half = (len(records[-1]) + (preset != "dle")) // 2
     first, second = records[-1][:half], records[-1][half:]
     test, val = (second, first) if preset == "torchrec" else (first, second)
     return [np.concatenate(records[:-1]), test, val]

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import shutil
 import tracemalloc
@@ -10,6 +11,7 @@ import zipfile
 import numpy as np
 import pytest
 
+from gpu_etl import integrity
 from gpu_etl.__main__ import main
 from gpu_etl.errors import DataError
 from gpu_etl.manifest import Manifest, describe_file
@@ -220,3 +222,38 @@ def test_entries_of_a_zip_file_that_share_bytes_are_refused(folder):
             file.filelist.append(entry)
     with pytest.raises(DataError, match=r"tells of [\d,]+ bytes of arrays in a file of"):
         Vocabulary.load(folder)
+
+
+JOBS = {
+    "a list": [], "a number": 5, "null": None, "no key": {}, "buckets of 10^12": {"buckets": 10**12},
+    "buckets below 0": {"buckets": -1}, "buckets are text": {"buckets": "x"}, "files of text": {"files": "x"},
+    "files of numbers": {"files": [1]}, "files without stamps": {"files": [[["x"]]]}, "sources null": {"sources": None},
+    "another key": {"zzz": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", JOBS)
+def test_a_forged_job_is_work_that_is_damaged(day_files, data_set, tmp_path, kind, capsys):
+    """job.json with a right checksum, of a run that was stopped: the run begins anew, and that is said."""
+    out = tmp_path / "set"
+    work = out / ".work"
+    days = [tmp_path / path.name for path in day_files]
+    for day, path in zip(days, day_files, strict=True):
+        shutil.copy(path, day)
+    days[2].write_bytes(days[2].read_bytes() + b"bad row\n")
+    words = ["encode", *map(str, days), "--out", str(out)]
+    assert main([*words, "--slab-bytes", "4096"]) == 1 and work.exists()
+    found = integrity.read_json(work / "job.json")
+    made = JOBS[kind]
+    integrity.write_json(work / "job.json", found | made if isinstance(made, dict) and made else made)
+    capsys.readouterr()
+    status, said = end([*words, "--bad-rows", "skip"], capsys)
+    assert status == 0 and "job.json: " in said and "begins anew" in said, said
+
+
+def test_a_day_whose_name_is_no_text_is_refused_before_the_work(day_files, tmp_path):
+    odd = tmp_path / os.fsdecode(b"day_0\xff")
+    shutil.copy(day_files[0], odd)
+    with pytest.raises(DataError, match="the name is not UTF-8"):
+        encode_days([odd, *day_files[1:]], tmp_path / "set", Settings())
+    assert not (tmp_path / "set").exists()
