@@ -7,15 +7,17 @@ import random
 
 import pytest
 
-from tests.fuzz import child, kinds
+from tests.fuzz import child
+from tests.fuzz import kinds as fuzzed
 from tests.fuzz.__main__ import MOST_BYTES, fuzz
 from tests.fuzz.kinds import KINDS, WrongError
 
 
 def test_a_short_run_finds_nothing():
-    found = fuzz(list(KINDS), seed=7, seconds=120, count=2 * len(KINDS))
+    kinds = [kind for kind in KINDS if kind != "bombs"]  # which take seconds each
+    found = fuzz(kinds, seed=7, seconds=300, count=2 * len(kinds))
     assert not found["faults"], found["faults"]
-    assert sum(sum(ends.values()) for ends in found["cases"].values()) == 2 * len(KINDS)
+    assert sum(sum(ends.values()) for ends in found["cases"].values()) == 2 * len(kinds)
     assert found["peak_bytes"] < MOST_BYTES
 
 
@@ -38,7 +40,7 @@ def test_ends_that_may_not_be_are_seen(main, words):
 def test_a_case_is_the_same_for_the_same_seed(tmp_path):
     made = []
     for turn in range(2):
-        case = kinds.Case(tmp_path, random.Random("text 3"), None)
+        case = fuzzed.Case(tmp_path, random.Random("text 3"), None)
         made.append([case.mutate(bytes(range(256)) * turn or bytes(range(256))) for _ in range(20)])
     assert made[0] == made[1] and len(set(made[0])) > 10
 
@@ -46,7 +48,7 @@ def test_a_case_is_the_same_for_the_same_seed(tmp_path):
 def test_a_difference_to_the_reference_is_a_fault(tmp_path, monkeypatch):
     """Rows of the reference with one more click: the case of text must notice."""
     (tmp_path / "template" / "days").mkdir(parents=True)
-    real = kinds.encode_days
+    real = fuzzed.encode_days
 
     def other(days, *rules, **more):
         found = real(days, *rules, **more)
@@ -54,7 +56,7 @@ def test_a_difference_to_the_reference_is_a_fault(tmp_path, monkeypatch):
         return found
 
     ends = [child.one(tmp_path, "text", seed, MOST_BYTES) for seed in range(4)]
-    monkeypatch.setattr(kinds, "encode_days", other)
+    monkeypatch.setattr(fuzzed, "encode_days", other)
     wrong = [child.one(tmp_path, "text", seed, MOST_BYTES) for seed in range(4)]
     right = [turn for turn, end in enumerate(ends) if end["statuses"] == [0]]
     assert right and not any("fault" in end for end in ends)

@@ -355,6 +355,27 @@ def flag_file(case: Case) -> None:
     case.run(train.main, f"@{path}")
 
 
+def bombs(case: Case) -> None:
+    """Small files that open to much: long strings once in a Parquet dictionary, newlines and endless rows in gzip."""
+    chance, path = case.chance, Path(case.days[1])
+    if chance.random() < 0.5:
+        rows = chance.choice([5_000, 20_000])
+        places = pa.array(np.zeros(rows, np.int32))
+        texts = [b"a" * chance.choice([9, 10**3, 10**5, 10**6]), b"1" * 10**6]
+        columns = {name: pa.array(np.zeros(rows, np.int64)) for name in COLUMN_NAMES}
+        for name in chance.sample(COLUMN_NAMES[14:], chance.choice([1, 3])):
+            columns[name] = pa.DictionaryArray.from_arrays(places, pa.array([chance.choice(texts).decode()]))
+        path = path.with_suffix(".parquet")
+        pq.write_table(pa.table(columns), path, compression=chance.choice(["zstd", "gzip"]))
+    else:
+        size = chance.choice([1 << 20, 8 << 20, 32 << 20])
+        line = chance.choice([b"\n", b"\t", b"0", b"\t\n", write_rows(1, 1).replace(b"\n", b"")])
+        path = path.with_suffix(".gz")
+        path.write_bytes(gzip.compress(line * (size // len(line)), 1))
+    rules = chance.choice([[], ["--bad-rows", "skip", "--max-bad-rows", 10**9]])
+    case.gpu_etl("encode", case.days[0], path, case.days[2], "--out", case.folder / "out", *rules)
+
+
 def archive(case: Case) -> None:
     """A zip file of any content in the place of the id maps."""
     path, buffer = case.folder / "set" / "vocabulary.npz", io.BytesIO()
@@ -370,6 +391,6 @@ KINDS = {
     kind.__name__: kind
     for kind in (
         text, parquet, squeezed, manifest, vocabulary, archive, feature_spec, split_files, npy_days, config, plan,
-        state, tensors, flag_file,
+        state, tensors, flag_file, bombs,
     )
 }  # fmt: skip

@@ -18,7 +18,8 @@ from tests.conftest import ROOT
 
 def run(words, **more):
     command = [sys.executable, "-m", "gpu_etl", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, timeout=120, **more)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    return subprocess.run(command, cwd=ROOT, env=buffered, stderr=subprocess.PIPE, text=True, timeout=120, **more)
 
 
 @pytest.mark.parametrize(
