@@ -5,9 +5,13 @@ true are no integers; a list becomes a tuple where a tuple is wanted; keys that 
 """
 
 import difflib
+import errno
 import json
+import os
+import stat
 from dataclasses import fields, is_dataclass
 from functools import cache
+from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -15,6 +19,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 SHOWN = 80  # characters of a value
+MOST_FAULTS = 20  # that are told
+MOST_KEYS = 10_000  # of an object
+MOST_BYTES = 32 << 20  # of a file: Python takes up to 40 times as much
 T = TypeVar("T")
 
 
@@ -24,6 +31,8 @@ def _adapter(kind: type) -> TypeAdapter:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MOST_KEYS:  # each that is wrong would become an error of a kilobyte
+        raise ValueError(f"an object of {len(pairs):,} keys; expected at most {MOST_KEYS:,}")
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -33,6 +42,20 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_number(name: str):
     raise ValueError(f"{name} is no number of JSON")
+
+
+def read_file(path: str | Path, error: type[Exception], most: int = MOST_BYTES) -> bytes:
+    """All bytes of a small file. Raises `error` where it is none that can be read to an end (a pipe, a device), or has
+    more than `most` bytes; OSError, with its name, as open() does."""
+    found = os.stat(path)
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(found.st_mode):
+        raise error(f"{path}: expected a file, got a pipe or a device")
+    if found.st_size > most:
+        raise error(f"{path}: expected at most {most:,} bytes, got {found.st_size:,}; is this the right file?")
+    with open(path, "rb") as file:
+        return file.read(most)
 
 
 def parse_json(text: str | bytes, where: str, error: type[Exception]) -> Any:
@@ -62,7 +85,9 @@ def read(kind: type[T], values: Any, where: str, error: type[Exception], version
     except (TypeError, ValueError) as failed:
         if not isinstance(failed, ValidationError):  # YAML has dates and the like
             raise error(f"{where}: expected what JSON can hold: {failed}") from failed
-        raise error("\n".join(f"{where}: {_words(fault, kind)}" for fault in failed.errors())) from failed
+        lines = [f"{where}: {_words(fault, kind)}" for fault in failed.errors()[:MOST_FAULTS]]
+        more = failed.error_count() - len(lines)
+        raise error("\n".join(lines + [f"{where}: and {more:,} more"] * (more > 0))) from failed
 
 
 def _keys(kind: Any, place: list) -> list[str]:

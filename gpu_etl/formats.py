@@ -213,7 +213,7 @@ def _feature_spec(table_sizes: Sequence[int]) -> dict[str, str]:
             for split in ("train", "test")
         },
     }
-    return {SPEC_FILE: json.dumps(spec, indent=1) + "\n"}
+    return {SPEC_FILE: json.dumps(spec, indent=1, allow_nan=False) + "\n"}
 
 
 FORMS = {

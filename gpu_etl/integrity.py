@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common import typed
 from gpu_etl.errors import WorkDamagedError
 from gpu_etl.jit import compiled
 from gpu_etl.manifest import describe_file
@@ -119,13 +120,13 @@ def check_file(path: Path, expected: dict) -> None:
 
 def identity(value) -> str:
     """A digest of something that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def write_json(path: Path, value) -> None:
     """Write a value with a checksum beside it, whole or not at all."""
     temporary = path.with_name(path.name + ".part")
-    body = json.dumps(value)
+    body = json.dumps(value, allow_nan=False)
     with open(temporary, "w") as file:
         file.write(json.dumps({"crc32": f"{zlib.crc32(body.encode()):08x}", "value": body}))
         file.flush()
@@ -136,13 +137,15 @@ def write_json(path: Path, value) -> None:
 def read_json(path: Path):
     """What write_json() wrote; None where there is no such file. Raises WorkDamagedError where it is damaged."""
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(typed.read_file(path, WorkDamagedError))
         if found["crc32"] != f"{zlib.crc32(found['value'].encode()):08x}":
             raise ValueError("its checksum is another one")
         return json.loads(found["value"])
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except WorkDamagedError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise WorkDamagedError(f"{path}: damaged ({error})") from error
 
 

@@ -9,6 +9,10 @@ from gpu_etl.schema import PRESETS, Preset
 
 MIN_SLAB_BYTES = 1 << 10
 MAX_TIMEOUT = 1_000_000  # seconds
+MOST_SLAB_BYTES = 1 << 40
+MOST_THREADS = 1024
+MOST_DAYS = 10_000
+SEEDS = -(2**63), 2**64 - 1
 
 
 def without_bad_rows(shaping: dict) -> dict:
@@ -53,10 +57,15 @@ class Settings:
     def check(self, inputs: int) -> None:
         """Raise DataError where a setting is out of range or does not fit the number of input files."""
         self.preset.check()
-        if self.slab_bytes and self.slab_bytes < MIN_SLAB_BYTES:
-            raise DataError(f"--slab-bytes: expected {MIN_SLAB_BYTES} or more, got {self.slab_bytes}")
-        if self.threads < 0 or self.workers < 0:
-            raise DataError(f"--threads, --workers: expected 0 or more, got {self.threads} and {self.workers}")
+        if self.slab_bytes and not MIN_SLAB_BYTES <= self.slab_bytes <= MOST_SLAB_BYTES:
+            raise DataError(f"--slab-bytes: expected {MIN_SLAB_BYTES} to {MOST_SLAB_BYTES}, got {self.slab_bytes}")
+        if not 0 <= self.threads <= MOST_THREADS or self.workers < 0:
+            raise DataError(
+                f"--threads, --workers: expected 0 or more, up to {MOST_THREADS} threads, got {self.threads} and "
+                f"{self.workers}"
+            )
+        if not SEEDS[0] <= self.seed <= SEEDS[1]:
+            raise DataError(f"--seed: expected {SEEDS[0]} to {SEEDS[1]}, got {self.seed}")
         if self.on_cluster:
             packages.require("distributed", "--workers, --scheduler")
         self._check_cluster()
@@ -68,12 +77,12 @@ class Settings:
         if self.form not in formats.FORMS:
             raise DataError(f"--format: expected one of {', '.join(formats.FORMS)}, got {self.form!r}")
         BadRows(self.bad_rows, self.max_bad_rows).check()
-        if self.days and (self.days < 2 or inputs != 1):
+        if self.days and (not 2 <= self.days <= MOST_DAYS or inputs != 1):
             raise DataError(
-                f"--days {self.days} with {inputs} input files: expected one file to cut into 2 or more days"
+                f"--days {self.days} with {inputs} input files: expected one file to cut into 2 to {MOST_DAYS} days"
             )
         shares = self.fractions
-        if shares and (len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-9):
+        if shares and not (len(shares) == 3 and min(shares) >= 0 and abs(sum(shares) - 1) <= 1e-9):
             raise DataError(f"--fractions {shares}: expected three shares (train, test, val) that add up to 1")
         if self.fractions and self.days:
             raise DataError("--fractions and --days: choose one")

@@ -3,13 +3,13 @@
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from tokenize import TokenError
 
 import numpy as np
 
 from gpu_etl.errors import DataError
 from gpu_etl.load.files import DataFile
 from gpu_etl.load.sources import Source, check_range
+from gpu_etl.npz import read_header
 from gpu_etl.schema import DENSE, FIRST_DENSE, FIRST_SPARSE, SPARSE
 
 # Part -> the columns it holds, its width, dtypes it may have, the endings of its name.
@@ -18,40 +18,16 @@ PARTS = {
     "dense": (slice(FIRST_DENSE, FIRST_SPARSE), DENSE, ("f",), ("dense",)),
     "sparse": (slice(FIRST_SPARSE, FIRST_SPARSE + SPARSE), SPARSE, ("i",), ("sparse", "sparse_contig_freq")),
 }
-MOST_HEADER_BYTES = 1 << 12  # numpy's own for an array of two dimensions are 128
-SHOWN = 120
-READERS = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-    (3, 0): np.lib.format.read_array_header_2_0,  # as 2, in UTF-8
-}
 DAY = re.compile(r"day_(\d+)_labels\.npy")
-
-
-def _header(path: Path) -> tuple[tuple[int, ...], bool, np.dtype, int]:
-    """Shape, whether it lies column after column, dtype, and where the array begins. Raises DataError where the header
-    is none, or longer than one of an array of numbers can be."""
-    with open(path, "rb") as file:
-        start = file.read(12)
-        version = tuple(start[6:8])
-        if start[:6] != b"\x93NUMPY" or version not in READERS:
-            raise DataError(f"{path}: expected a .npy file of version 1 to 3, got one that begins with {start[:8]!r}")
-        length = int.from_bytes(start[8:10] if version == (1, 0) else start[8:12], "little")
-        if length > MOST_HEADER_BYTES:
-            raise DataError(f"{path}: expected a header of at most {MOST_HEADER_BYTES} bytes, got {length:,} by itself")
-        file.seek(8)
-        try:
-            return *READERS[version](file), file.tell()
-        except (ValueError, SyntaxError, TypeError, TokenError, MemoryError, RecursionError) as error:
-            words = str(error).partition("\n")[0][:SHOWN] or type(error).__name__
-            raise DataError(f"{path}: expected the header of a .npy file: {words}") from error
 
 
 class _Array:
     """A .npy file of rows, its header checked."""
 
     def __init__(self, path: Path, width: int, kinds: Sequence[str]):
-        shape, fortran, self.dtype, self._start = _header(path)
+        with open(path, "rb") as file:
+            shape, fortran, self.dtype = read_header(file, str(path))
+            self._start = file.tell()
         self.rows, self._width = shape[0] if shape else -1, width
         fits = shape in ((self.rows, width), (self.rows,) * (width == 1)) and {*map(type, shape)} == {int}
         if not fits or self.rows < 0 or fortran or self.dtype.kind not in kinds:

@@ -15,7 +15,7 @@ from gpu_etl.errors import DataError
 from gpu_etl.extract import Slab, TextSlab, open_sources, read_day
 from gpu_etl.load.batch import Batch, make_batch
 from gpu_etl.load.identity import check_vocabulary
-from gpu_etl.manifest import Manifest
+from gpu_etl.manifest import VOCABULARY, Manifest
 from gpu_etl.memory import Reused
 from gpu_etl.rows import INT32_MAX
 from gpu_etl.schema import COLUMN_NAMES, COLUMNS, FIRST_DENSE, FIRST_SPARSE, SPARSE
@@ -55,7 +55,8 @@ class RawDay:
         manifest = Manifest.read(folder)
         check_vocabulary(folder, manifest)
         self._preset = manifest.preset()
-        words = Vocabulary.load(folder)
+        words = Vocabulary.load(folder, manifest.table_sizes)
+        words.check(self._preset.first_id, manifest.table_sizes, Path(folder) / VOCABULARY)
         self._lookup, self._popular = words.lookup(), words.popular()
         self.labelled = self._has_labels()
 
