@@ -236,7 +236,7 @@ def part(session: RankSession, watch: Watch | None) -> None:
     if watch:
         watch.end()
     session.ranks.everyone(None)
-    dist.destroy_process_group()
+    session.ranks.end()
 
 
 def main(argv: list[str] | None = None) -> int:

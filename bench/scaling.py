@@ -202,7 +202,7 @@ def rank_main(args: argparse.Namespace) -> None:
     if ranks.rank == 0:
         print(json.dumps(_judge(found, job, plan, machine, plain)))
     ranks.everyone(None)
-    dist.destroy_process_group()
+    ranks.end()
 
 
 def _judge(found: list[dict], job: Job, plan, machine, plain: float | None) -> dict:
