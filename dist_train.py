@@ -32,8 +32,10 @@ from model.distributed import RankKeeper, RankLoader, RankTrainer, make_model
 from model.dlrm import DLRM
 from model.embedding import Storage
 from model.keeper import Keeper
+from model.numbers import number, whole
 from model.optimizers import Optimizer
 from model.outcome import StoppedError, explain
+from model.parser import Boolean
 from model.predict import MACHINES, Job
 from model.ranks import BACKENDS, choose_device, join
 from model.sharding import Plan, read_plan
@@ -56,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--backend", default="auto", choices=BACKENDS, help="nccl on GPUs, gloo on CPUs (default: by the device)"
     )
     group.add_argument(
-        "--cache_eval_data", action=flags.Boolean, default=False, help="keep the test batches on the device"
+        "--cache_eval_data", action=Boolean, default=False, help="keep the test batches on the device"
     )
     group.add_argument("--plan", type=Path, metavar="FILE", help="place tables by this plan (default: make one)")
     group.add_argument("--save_plan", type=Path, metavar="FILE", help="write the plan, to be edited and given back")
@@ -64,9 +66,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--wire_dtype", default="fp32", choices=sorted(WIRES), help="of vectors and gradients sent (default: fp32)"
     )
     group.add_argument(
-        "--memory", type=float, metavar="GB", help="of a rank, for the plan (default: 90 %% of what is free)"
-    )
-    group.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # torch.distributed.launch's
+        "--memory", type=number(above=True), metavar="GB",
+        help="of a rank, for the plan (default: 90 %% of what is free)",
+    )  # fmt: skip
+    # torch.distributed.launch's:
+    group.add_argument("--local_rank", "--local-rank", type=whole(0), help=argparse.SUPPRESS)
     return parser
 
 
