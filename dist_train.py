@@ -15,9 +15,9 @@ words and progress to stderr and, as the last line of stdout, one JSON object. E
 
 import argparse
 import contextlib
-import json
 import os
 import sys
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from model.embedding import Storage
 from model.keeper import Keeper
 from model.numbers import number, whole
 from model.optimizers import Optimizer
-from model.outcome import StoppedError, explain
+from model.outcome import StoppedError, explain, say, sigterm_raises, tell
 from model.parser import Boolean
 from model.predict import MACHINES, Job
 from model.ranks import BACKENDS, choose_device, join
@@ -120,7 +120,7 @@ class RankSession(train.Session):
         plan = read_plan(args.plan) if args.plan else placement.make_plan(job, self.ranks.world, machine)
         plan.check(job.config, self.ranks.world, job.optimizer, f"--plan {args.plan}")
         placement.check_memory(plan, job, machine)
-        train.say(placement.show(plan, job, machine))
+        say(placement.show(plan, job, machine))
         if args.save_plan:
             plan.write(args.save_plan)
         return plan
@@ -202,7 +202,7 @@ def prepare(args: argparse.Namespace) -> None:
     restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     if restarts and mark.exists():
         args.ckpt = found or args.ckpt
-        train.say(f"started again, time {restarts}")
+        say(f"started again, time {restarts}")
         return
     mark.unlink(missing_ok=True)
     if found and not args.ckpt:
@@ -231,7 +231,7 @@ def run(args: argparse.Namespace, watch: Watch | None, store: dist.Store | None)
     session = sessions[0]
     if session.ranks.rank == 0:
         more = {"command": "dist_train", "world": session.ranks.world, "placement": session.plan.kinds()}
-        print(json.dumps(train.jsonable({**result, **more}), allow_nan=False), flush=True)
+        tell({**result, **more})
     part(session, watch)
 
 
@@ -251,22 +251,25 @@ def main(argv: list[str] | None = None) -> int:
         watch.hold_off_sigterm()
     quiet = open(os.devnull, "w") if int(os.environ.get("RANK", 0)) else None  # noqa: SIM115 - until the end
     try:
-        with contextlib.redirect_stderr(quiet) if quiet else contextlib.nullcontext():
+        with contextlib.redirect_stderr(quiet) if quiet else sigterm_raises():
             run(args, watch, store)
     except StoppedError as stopped:
         if not quiet:
-            train.say(str(stopped))
+            say(str(stopped))
         return stopped.status
-    except train.EXPECTED as error:
-        status, words = explain(error)
-        if watch:
-            watch.failed(status, words)
-        train.say(words)
-        return status
-    except Exception as error:
-        if watch:
+    except BaseException as error:
+        if args.debug:
+            traceback.print_exception(error)
+        found = explain(error, train.EXPECTED, RankSession.less_memory)
+        if watch and found:
+            watch.failed(*found)
+        if watch and isinstance(error, Exception):
             watch.broken(error)
-        raise
+        if not found:
+            raise
+        with contextlib.suppress(OSError):  # nobody may be there to read it
+            say(found[1])
+        return found[0]
     return 0
 
 

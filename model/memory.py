@@ -10,7 +10,10 @@ from model.optimizers import Optimizer
 
 # torch's own class covers its allocator on a GPU only. The rest: its allocator on a CPU, the CUDA runtime and driver
 # (Triton's launches, graphs, pinned memory), and the libraries that allocate a workspace.
-SIGNS = re.compile(r"out of memory|can't allocate memory|_ALLOC_FAILED|not enough memory", re.IGNORECASE)
+SIGNS = re.compile(
+    r"out of memory|can.t allocate memory|cannot allocate memory|_ALLOC_FAILED|not enough memory|DefaultCPUAllocator",
+    re.IGNORECASE,
+)
 SMALLER_TABLES = (
     "take --embedding_dtype bfloat16 (half of it), --table_placement host (the machine's memory), another "
     "--embedding_optimizer, fewer rows (gpu_etl encode --min-count), or dist_train.py on more GPUs"

@@ -18,7 +18,6 @@ import time
 import traceback
 from dataclasses import asdict
 
-import torch
 import torch.distributed as dist
 
 from model.neighbours import Neighbours, Process, exit_words, this_process
@@ -28,7 +27,6 @@ LOST_AFTER = 20.0  # seconds without a beat: the machine or its network is gone,
 FAR = 3.0  # seconds more for ranks of other machines: those beside them can say more
 SETTLE = 3.5  # seconds after a broken connection in which a rank that lives must have beaten again
 LOST_PEER = ("connection", "gloo", "nccl", "socket", "broken pipe", "timed out", "remote process", "store")
-NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory", "defaultcpuallocator")
 
 
 class Watch:
@@ -170,10 +168,6 @@ class Watch:
         """An error nobody expected: end, with the words of the rank that caused it. That is another one where the error
         is a broken connection to it."""
         text = f"{type(error).__name__}: {error}".lower()
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or any(word in text for word in NO_MEMORY):
-            first = str(error).splitlines()[0] if str(error) else "no more memory"
-            remedy = "start more ranks, lower --batch_size, or move tables to other ranks (--save_plan, --plan)"
-            self.failed(1, f"error: out of memory ({first}); {remedy}")
         if not isinstance(error, RuntimeError) or not any(word in text for word in LOST_PEER):
             self.failed(1, "".join(traceback.format_exception(error)).rstrip())
         try:
