@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 import train
 from gpu_etl.load.identity import sample
-from model import checkpoint, flags, options, placement, runs
+from model import checkpoint, flags, memory, options, placement, runs
 from model.config import ConfigError, ModelConfig
 from model.distributed import RankKeeper, RankLoader, RankTrainer, make_model
 from model.dlrm import DLRM
@@ -134,7 +134,7 @@ class RankSession(train.Session):
             name = next((known for known in MACHINES if known in card), "h100")
         else:
             local_world = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.world))
-            free = available_memory() / local_world
+            free = memory.available(self.device) / local_world
         free = 1e9 * self.args.memory if self.args.memory else MEMORY_SHARE * free
         return replace(MACHINES[name], memory=min(self.ranks.everyone(free)))
 
@@ -183,12 +183,6 @@ class RankSession(train.Session):
     def keep(self, *settings) -> Keeper:
         """What writes checkpoints, all ranks together."""
         return RankKeeper(self.ranks, *settings)
-
-
-def available_memory() -> int:
-    """Bytes that new programs can have on this machine without swapping."""
-    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-    return next(1024 * int(words[1]) for words in lines if words[0] == "MemAvailable:")
 
 
 def prepare(args: argparse.Namespace) -> None:

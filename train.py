@@ -122,7 +122,9 @@ class Session:
         return choose_device(self.args.device)
 
     def make_model(self, config: ModelConfig, tables: Optimizer) -> DLRM:
-        """The model with its first weights."""
+        """The model with its first weights. Raises ConfigError where its tables cannot fit."""
+        place = torch.device("cpu") if self.args.table_placement == "host" else self.device
+        memory.check_tables(config, tables, options.storage(self.args).dtype, place)
         with self.device:
             return DLRM(config, self.args.use_embedding_ext, tables, options.storage(self.args))
 

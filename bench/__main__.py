@@ -7,6 +7,7 @@ import sys
 
 from bench import machine
 from bench.command import BenchError
+from common.jsonable import jsonable
 from gpu_etl import packages
 from gpu_etl.errors import DataError
 
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         print(f"error: {packages.explain(error)}", file=sys.stderr)
         return 1
-    print(json.dumps({"bench": args.bench, **result, "machine": machine.describe()}))
+    print(json.dumps(jsonable({"bench": args.bench, **result, "machine": machine.describe()}), allow_nan=False))
     return 0
 
 

@@ -7,13 +7,15 @@ import torch
 
 from model.config import names
 from model.embedding import PLACEMENTS
-from model.numbers import number, whole
+from model.numbers import MOST_THREADS, number, whole
 from model.optimizers import NAMES
 from model.parser import Boolean, Parser
 
 RECIPES = Path(__file__).parent / "recipes"
 MODES = ("train", "test", "predict", "inference_benchmark", "export")
 TABLE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+FLOAT32 = 3.4e38  # the largest
+POSITIVE = number(most=FLOAT32, above=True)
 LONGEST = 2.0**53  # of what counts steps or samples: beyond it, not every whole number is a float
 
 
@@ -73,7 +75,7 @@ def _add_data_flags(group) -> None:
 
 def _add_schedule_flags(group) -> None:
     group.add_argument("--epochs", type=whole(1), default=1, metavar="N", help="passes over the data (default: 1)")
-    group.add_argument("--lr", type=number(above=True), default=8.0, help="learning rate at its height (default: 8)")
+    group.add_argument("--lr", type=POSITIVE, default=8.0, help="learning rate at its height (default: 8)")
     group.add_argument("--warmup_steps", type=number(most=LONGEST), default=1000, metavar="N", help="default: 1000")
     group.add_argument(
         "--warmup_factor", type=whole(0, 1000), default=0, metavar="F",
@@ -86,7 +88,10 @@ def _add_schedule_flags(group) -> None:
         "--decay_steps", type=number(most=LONGEST), default=0, metavar="N", help="0: no decay (default: 0)"
     )
     group.add_argument("--decay_power", type=whole(0, 1000), default=2, metavar="P", help="default: 2")
-    group.add_argument("--decay_end_lr", type=number(), default=8.0, help="learning rate after the decay (default: 8)")
+    group.add_argument(
+        "--decay_end_lr", type=number(most=FLOAT32), default=8.0, metavar="LR",
+        help="learning rate after the decay (default: 8)",
+    )  # fmt: skip
     group.add_argument(
         "--schedule_unit", default="steps", choices=("steps", "samples", "epochs"),
         help="what --warmup_steps, --decay_start_step, --decay_steps count; epochs may be fractions (default: steps)",
@@ -97,10 +102,10 @@ def _add_optimizer_flags(group) -> None:
     group.add_argument("--optimizer", default="sgd", choices=NAMES, help="of the MLPs (default: sgd)")
     group.add_argument("--embedding_optimizer", choices=NAMES, help="of the tables (default: as --optimizer)")
     group.add_argument(
-        "--embedding_lr", type=number(above=True), metavar="LR",
+        "--embedding_lr", type=POSITIVE, metavar="LR",
         help="learning rate of the tables at its height (default: --lr)",
     )  # fmt: skip
-    group.add_argument("--eps", type=number(above=True), help="of Adagrad and Adam (default: 1e-8; 1e-10 for adagrad)")
+    group.add_argument("--eps", type=POSITIVE, help="of Adagrad and Adam (default: 1e-8; 1e-10 for adagrad)")
     group.add_argument(
         "--betas", type=number(most=1, below=True), nargs=2, default=(0.9, 0.999), metavar=("B1", "B2"),
         help="of Adam (default: 0.9 0.999)",
@@ -112,7 +117,7 @@ def _add_precision_flags(group) -> None:
         "--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: the GPU where there is one (default)"
     )
     group.add_argument(
-        "--threads", type=whole(0, 4096), default=0, metavar="N",
+        "--threads", type=whole(0, MOST_THREADS), default=0, metavar="N",
         help="CPU threads of torch (default: torch's choice, or the checkpoint's: another number, other last bits)",
     )  # fmt: skip
     group.add_argument(
@@ -124,7 +129,7 @@ def _add_precision_flags(group) -> None:
         help="float16 matrix products with a loss scale (default: true on a GPU, false on a CPU)",
     )  # fmt: skip
     group.add_argument(
-        "--loss_scale", type=number(above=True), default=1024.0, help="for --fp16, where it starts (default: 1024)"
+        "--loss_scale", type=POSITIVE, default=1024.0, help="for --fp16, where it starts (default: 1024)"
     )
     group.add_argument(
         "--dynamic_loss_scale", action=Boolean, default=True,

@@ -5,8 +5,10 @@ import math
 import re
 from collections.abc import Callable
 
+MOST_THREADS = 4096
 MOST = 2**31 - 1  # of what counts rows, batches and steps, which are int32 somewhere on their way
 WHOLE = re.compile(r"[+-]?[0-9]{1,30}")
+DECIMAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
 def whole(least: int, most: int = MOST) -> Callable[[str], int]:
@@ -26,10 +28,7 @@ def number(
     """A finite number from `least` to `most`; above, below: not these themselves."""
 
     def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
+        value = float(text) if DECIMAL.fullmatch(text) else math.nan
         low, high = value > least if above else value >= least, value < most if below else value <= most
         if not (math.isfinite(value) and low and high):
             words = f"{'above' if above else 'of at least'} {least:g}"

@@ -10,8 +10,8 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 
+from common.jsonable import jsonable
 from model.config import ConfigError
-from model.logs import jsonable
 from model.memory import shortage
 
 MEMORY_REMEDY = "lower --batch_size or --test_batch_size, or take a machine with more"

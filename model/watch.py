@@ -38,7 +38,7 @@ class Watch:
         self._ending = False
         self._screen = sys.stderr
         self._neighbours, self._processes = Neighbours(), {rank: this_process()}
-        self._store.set(f"process/{rank}", json.dumps(asdict(self._processes[rank])))
+        self._store.set(f"process/{rank}", json.dumps(asdict(self._processes[rank]), allow_nan=False))
         self._beat(0)
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
