@@ -12,7 +12,8 @@ run: setup
 	$(PY) -m bench quickstart
 
 test: setup
-	$(PY) -m pytest -n auto --maxprocesses 4
+	$(PY) -m tests.warm
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 doctor: setup
 	$(PY) -m gpu_etl doctor
@@ -30,9 +31,9 @@ setup: $(READY)
 # Where there is a GPU, its packages come along.
 GPU := $(if $(shell nvidia-smi -L 2>/dev/null),-r requirements-gpu.txt)
 
-$(READY): requirements.txt requirements-dev.txt requirements-gpu.txt
+$(READY): requirements.txt requirements-dev.txt requirements-onnx.txt requirements-gpu.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt $(GPU)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt -r requirements-onnx.txt $(GPU)
 	touch $(READY)
 
 clean:

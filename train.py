@@ -29,6 +29,7 @@ from gpu_etl.load.identity import meaning, rows_digest, sample
 from gpu_etl.load.raw import RawDay
 from gpu_etl.load.resident import ResidentLoader
 from gpu_etl.load.scores import ScoreWriter
+from gpu_etl.part_files import is_day
 from gpu_etl.schema import DENSE, SPARSE
 from model import checkpoint, flags, memory, modes, options, outcome, runs
 from model.config import ConfigError, ModelConfig, read_config
@@ -192,7 +193,7 @@ class Session:
         """What predict scores: the rows of --input."""
         args = self.args
         source = args.input or args.dataset
-        if not source.is_dir():
+        if not source.is_dir() or is_day(source):
             return RowsToScore(RawDay(args.dataset, source, args.unseen), self.device)
         data = open_dataset(source, "auto")
         check_data(args, data, self.trainer.model.config)

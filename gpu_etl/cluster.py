@@ -44,7 +44,7 @@ class Cluster:
     """Runs the tasks; for use in `with`. buckets: of the shuffle. Raises DataError where no scheduler answers."""
 
     def __init__(self, sources: list[Source], settings: Settings, work: Path, buckets: int):
-        self._sources = [replace(source, path=source.path.resolve()) for source in sources]
+        self._sources = [_resolved(source) for source in sources]
         if settings.workers and not settings.threads:
             settings = replace(settings, threads=max(1, (os.cpu_count() or 1) // settings.workers))
         self._settings, self._work, self._buckets = settings, work.resolve(), buckets
@@ -84,15 +84,15 @@ class Cluster:
         workers = self._settings.workers or len(self._client.scheduler_info(n_workers=-1)["workers"])
         ranges = parts.cut(self._sources, self._settings, max(1, workers))
         ahead = [
-            i for i, (day, _, _) in enumerate(ranges[:-1]) if ranges[i + 1][0] == day
+            i for i, this in enumerate(ranges[:-1]) if ranges[i + 1].day == this.day
         ]  # the last part of a day is ahead of none
-        paths = [self._sources[day].path for day, _, _ in ranges]
-        calls = [(parts.count_rows, (paths[i], *ranges[i][1:])) for i in ahead]
+        paths = {i: self._sources[ranges[i].day].files[ranges[i].file].path for i in ahead}
+        calls = [(parts.count_rows, (paths[i], ranges[i].begin, ranges[i].end)) for i in ahead]
         rows = dict(zip(ahead, self._run("find rows", calls), strict=True)) if calls else {}
         found: list[Part] = []
-        for number, (day, begin, end) in enumerate(ranges):
-            first = found[-1].first_row + rows[number - 1] if begin else 0
-            found.append(Part(number, day, begin, end, first))
+        for number, this in enumerate(ranges):
+            first = found[-1].first_row + rows[number - 1] if number - 1 in rows else 0
+            found.append(Part(number, *this, first, found[-1].file_row if this.begin else first))
         parts.save(found, self._work)
         return found
 
@@ -164,6 +164,11 @@ class Cluster:
             part = self._parts[piece.day]
             arguments = split, piece.row, piece.begin, piece.end, part, self._shifts[part.day], *common
             yield (encode_rows, arguments), piece.row + piece.end - piece.begin
+
+
+def _resolved(source: Source) -> Source:
+    """The source by its full paths, wherever a worker runs."""
+    return replace(source, path=source.path.resolve(), parts=tuple(map(_resolved, source.parts)))
 
 
 class _Front:

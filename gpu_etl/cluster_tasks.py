@@ -5,7 +5,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import lru_cache, wraps
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from gpu_etl.parts import Part
 from gpu_etl.schema import COLUMNS, RECORD_DTYPE, SPARSE, Preset
 from gpu_etl.settings import Settings, without_bad_rows
 from gpu_etl.shuffle import Buckets, keys_of
+from gpu_etl.sources import located
 from gpu_etl.spill import Spill, first_number, words_of
 from gpu_etl.tally import Tally
 from gpu_etl.vocabulary import ColumnCounts, Counts
@@ -79,9 +80,8 @@ def count_part(days: list[Source], part: Part, settings: Settings, work: Path, b
     work there."""
     folder = part.folder(work)
     folder.mkdir(exist_ok=True)
-    sources = [replace(source, read=0, crc32=0) for source in days]
-    sources[part.day] = replace(sources[part.day], size=part.end - part.begin, begin=part.begin)
-    this = identity([asdict(part), buckets, without_bad_rows(settings.shaping()), days[part.day].stamp])
+    sources = [*days[: part.day], part.range.source(days), *days[part.day + 1 :]]
+    this = identity([asdict(part), buckets, without_bad_rows(settings.shaping()), located(sources[part.day])])
     journal = Journal(folder / JOURNAL)
     try:
         if journal.events and journal.events[0].get("part") != this:
@@ -96,7 +96,7 @@ def count_part(days: list[Source], part: Part, settings: Settings, work: Path, b
             print(f"{error}; this part begins anew", file=sys.stderr)
         clear(folder, journal)
         journal.record(part=this)
-        return _count([replace(s, read=0, crc32=0) for s in sources], part, settings, journal, folder, buckets)
+        return _count(sources, part, settings, journal, folder, buckets)
     finally:
         journal.close()
 
@@ -111,6 +111,7 @@ def _count(
         kernels, sources, settings.preset, settings.seed, journal, folder, threads, settings.bad_rows,
         settings.max_bad_rows, settings.to_buckets(len(sources)), part.day, part.first_row,
     )  # fmt: skip
+    counting.tallies[part.day].before_part = part.file_row  # so that errors tell the row's number in its file
     store = Buckets(folder, buckets, settings.seed, counting.kept_in_buckets, part.first_row)
     if not journal.all("counted"):
         save_counts(folder / COUNTS, counting.run(settings.slab_bytes or kernels.SLAB_BYTES, store))

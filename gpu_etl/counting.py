@@ -41,15 +41,17 @@ class _Reading:
     def __init__(self, kernels: ModuleType, sources: list[Source], slab_bytes: int, workers: int):
         self._kernels, self._slab_bytes, self._pool = kernels, slab_bytes, Pool(kernels.host_bytes)
         readers = max(1, int(workers / kernels.CORES_PER_READER))
-        plain = all(kind_of(source.path) == "text" for source in sources)
+        plain = all(kind_of(file.path) == "text" for source in sources for file in source.files)
         self.at_once, self._threads = (1, readers) if plain else (readers, 1)
+        self._files_at_once = max(1, readers // max(1, len(sources))) if not plain else 1
 
-    def slabs(self, source: Source, day: int, skip: int) -> Iterator[Slab | _DayEnd]:
-        """Slabs of a day from `skip` on, ready to parse, and a _DayEnd behind them."""
+    def slabs(self, source: Source, day: int, part: int, skip: int) -> Iterator[Slab | _DayEnd]:
+        """Slabs of a day from `skip` of its file `part` on, ready to parse, and a _DayEnd behind them."""
         kernels = self._kernels
         yield from read_day(
-            source, day, self._slab_bytes, skip, pool=self._pool, readers=kernels.readers(),
-            prepare=lambda slab: slab.prepare(kernels), threads=self._threads, initializer=kernels.enter_thread,
+            source, day, self._slab_bytes, skip, part=part, pool=self._pool, readers=kernels.readers(),
+            prepare=lambda slab: slab.prepare(kernels), threads=self._threads, files_at_once=self._files_at_once,
+            initializer=kernels.enter_thread,
         )  # fmt: skip
         yield _DayEnd(day)
 
@@ -70,7 +72,8 @@ class CountPass:
         workers: int, bad_rows: str, max_bad_rows: int, to_buckets: list[bool], only: int | None = None,
         first_row: int = 0,
     ):  # fmt: skip
-        self._kernels, self._sources, self._preset, self._seed = kernels, sources, preset, seed
+        self._kernels, self._preset, self._seed = kernels, preset, seed
+        self._sources = [source.fresh() for source in sources]
         self._journal, self._bad_rows, self._max_bad_rows = journal, bad_rows, max_bad_rows
         self._workers, self.to_buckets, self._only, self._first_row = workers, to_buckets, only, first_row
         self.tallies = [Tally() for _ in sources]
@@ -100,11 +103,11 @@ class CountPass:
         host_bytes = self._kernels.host_bytes
         parsed, stored = Reused(), (Reused(host_bytes), Reused(host_bytes))
         left = [
-            (source, day, tally.end)
+            (source, day, tally.part, tally.end)
             for day, (source, tally) in enumerate(zip(self._sources, self.tallies, strict=True))
             if tally.crc32 is None and self._only in (None, day)
         ]
-        reading = _Reading(self._kernels, [source for source, _, _ in left], slab_bytes, self._workers)
+        reading = _Reading(self._kernels, [source for source, *_ in left], slab_bytes, self._workers)
         waiting = [reading.slabs(*day) for day in left]
         size = sum(source.size for source in self._sources)
         with (
@@ -194,7 +197,8 @@ class CountPass:
             self.store = None
         dictionaries.code(values, missing, first)
         event = {
-            "read": read, "kept": len(values), "end": slab.end, "dropped": dropped, **summary._asdict(),
+            "read": read, "kept": len(values), "part": slab.part, "end": slab.end, "dropped": dropped,
+            **summary._asdict(),
         }  # fmt: skip
         tally.add(**event)
         if self.store is not None:
@@ -237,8 +241,7 @@ class CountPass:
         before = sum(tally.bad_rows() for tally in self.tallies)
         dropped: Counter = Counter(faults.REASONS[int(code)] for code in codes[bad] // FAULT_STRIDE)
         for place, row in enumerate(bad.tolist()):
-            where = f"{self._sources[slab.day].path}: row {self._first_row + self.tallies[slab.day].read + row + 1}"
-            words = f"{where}: {slab.describe(row, codes[row])}"
+            words = f"{self._where(slab, row)}: {slab.describe(row, codes[row])}"
             if self._bad_rows == "error":
                 raise BadRowError(f"{words}. Mend the file, or leave such rows out with --bad-rows skip")
             if before + place >= self._max_bad_rows:
@@ -247,3 +250,9 @@ class CountPass:
             if before + place < SHOWN_BAD_ROWS:
                 bar.write(f"left out: {words}", file=sys.stderr)
         return dict(dropped)
+
+    def _where(self, slab: Slab, row: int) -> str:
+        """File and row, counted from 1, of row `row` of a slab that was not yet added to its day's tally."""
+        tally = self.tallies[slab.day]
+        number = self._first_row + tally.read - tally.rows_before(slab.part) + row + 1
+        return f"{self._sources[slab.day].files[slab.part].path}: row {number}"

@@ -93,6 +93,7 @@ class DirectSlab:
     end: int
     source: Source
     text: DeviceText
+    part: int = 0
 
     def prepare(self, kernels) -> None:
         """Nothing to do: parse() finds the rows."""

@@ -152,6 +152,7 @@ class DeviceSlab:
     count: int
     fields: Sequence[Field] | None
     decoded: Mark
+    part: int = 0
 
     def prepare(self, kernels) -> None:
         """Nothing to do: the rows are decoded."""

@@ -6,19 +6,13 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from gpu_etl import part_files
 from gpu_etl.errors import DataError
+from gpu_etl.part_files import HIDDEN, natural
 
 ENDINGS = ("", ".gz", ".zst", ".tsv", ".txt", ".parquet")
-HIDDEN = (".", "_")  # the second as Spark has it: _SUCCESS, _metadata
 DAY = re.compile(r"day\W?_?(\d+)", re.IGNORECASE)  # what looks like a day: day_2.csv, Day_2, day-2, day2
-PART = re.compile(r"part-\d+")  # of one day, as Spark writes it
 SHOWN = 30
-
-
-def natural(path: Path) -> tuple:
-    """Sort key that compares runs of digits as numbers: day_2 comes before day_10."""
-    parts = re.split(r"(\d+)", str(path))
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)], str(path)
 
 
 def _bare(path: Path) -> Path:
@@ -35,27 +29,21 @@ def _number(path: Path) -> int | None:
 
 
 def _day_files(folder: Path) -> list[Path]:
+    if part_files.is_day(folder):
+        return [folder]
     there = [path for path in folder.iterdir() if not path.name.startswith(HIDDEN)]
     files = [path for path in there if path.is_file() and path.suffix in ENDINGS]
-    days = sorted([path for path in files if path.name.startswith("day_")] or files, key=natural)
+    days = [path for path in files if path.name.startswith("day_")]
+    days += [path for path in there if _number(path) is not None and part_files.is_day(path)]
+    days = sorted(days or files, key=natural)
     _tell_left_out(folder, days, there)
     if not days:
         raise DataError(
             f"{folder}: expected day files in the folder (day_0, day_1.gz, ...; endings: none, "
-            f"{', '.join(ENDINGS[1:])}), found none; name the files themselves"
+            f"{', '.join(ENDINGS[1:])}; or folders of part files), found none; name the files themselves"
         )
-    parts = [path for path in days if PART.match(path.name)]
-    if parts:
-        raise DataError(f"{folder}: {_join(folder)}; or, if each is a day, name them as a pattern: '{folder}/part-*'")
     _check_once(folder, days)
     return days
-
-
-def _join(folder: Path) -> str:
-    return (
-        f"expected day files, found {PART.pattern[:5]}* files, which are pieces of one day; join them to one file "
-        f"(cat {folder}/part-* > {folder.name or 'day'}.joined, in order; packed ones too, but not Parquet)"
-    )
 
 
 def _tell_left_out(where: Path | str, days: list[Path], there: Iterable[Path]) -> None:
@@ -66,8 +54,7 @@ def _tell_left_out(where: Path | str, days: list[Path], there: Iterable[Path]) -
         if _number(path) is None or _number(path) in taken:
             continue
         if path.is_dir():
-            pieces = any(PART.match(piece.name) for piece in path.iterdir())
-            what = _join(path) if pieces else "it looks like a day, but is a folder; move it, or name the files"
+            what = "it looks like a day, but is a folder without part files; move it, or name the files"
         elif path.is_symlink() and not path.exists():
             what = f"it looks like a day, but the link leads nowhere ({path.readlink()}); is that disk mounted?"
         else:
@@ -97,7 +84,7 @@ def _check_once(where: Path | str, days: list[Path]) -> None:
 
 def _matches(pattern: str) -> list[Path]:
     there = [Path(path) for path in glob.glob(pattern)]
-    files = sorted((path for path in there if path.is_file()), key=natural)
+    files = sorted((path for path in there if path.is_file() or part_files.is_day(path)), key=natural)
     _tell_left_out(pattern, files, there)
     if not files:
         raise DataError(f"{pattern}: expected a pattern of day files, found no file that matches; check the name")
@@ -114,18 +101,19 @@ def _listed(names: Iterable[str]) -> str:
 def list_days(days: list[Path]) -> str:
     """Words for the list of days that an encode takes, with the first and the last."""
     if len(days) == 1:
-        return f"one file: {days[0]}"
+        return f"one {'day of part files' if days[0].is_dir() else 'file'}: {days[0]}"
     return f"{len(days)} days, first {days[0]}, last {days[-1]}: {_listed(path.name for path in days)}"
 
 
 def expand(words: list[str | Path]) -> list[Path]:
     """Day files, in the order of `words`, each of which is a file, a pattern (*, ?, [...]) or a folder.
 
-    A folder stands for those of its files that are called day_*, or for all where none is; they must end in one of
-    ENDINGS and not be hidden. A pattern stands for all files that match. Both are in natural order; what is there
-    beside them is said on stderr. A name without a pattern that is not there is returned as it is; open_sources tells.
+    A folder of part files is one day, and comes as it is. Any other stands for those of its files that are called
+    day_*, and such folders of part files, or for all files where none is; files must end in one of ENDINGS and not be
+    hidden. A pattern stands for all that match. All are in natural order; what is there beside them is said on stderr.
+    A name without a pattern that is not there is returned as it is; open_sources tells.
     Raises DataError where a folder or a pattern yields nothing or holds a day twice (day_0 and day_0.gz), where
-    something in it looks like a day that is not taken, and for a folder of Spark's part files.
+    something in it looks like a day that is not taken.
     """
     paths: list[Path] = []
     for word in map(Path, words):

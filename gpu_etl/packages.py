@@ -1,5 +1,6 @@
 """Packages that only some commands need, and the command that installs each."""
 
+import importlib.metadata
 import importlib.util
 import re
 from pathlib import Path
@@ -7,19 +8,26 @@ from pathlib import Path
 from gpu_etl.errors import DataError
 
 ROOT = Path(__file__).parent.parent
-REQUIREMENTS = ("requirements.txt", "requirements-gpu.txt", "requirements-dev.txt")
+REQUIREMENTS = ("requirements.txt", "requirements-gpu.txt", "requirements-onnx.txt", "requirements-dev.txt")
+DISTRIBUTION = "criteo-dlrm-gpu"  # of this project
 # Distributions by the module that is imported, where the names differ.
 DISTRIBUTIONS = {
     "nvidia.dali": "nvidia-dali-cuda120", "numba.cuda": "numba-cuda[cu13]", "cudf": "cudf-cu13",
     "pylibcudf": "cudf-cu13", "cupy": "cupy-cuda13x", "kvikio": "kvikio-cu13", "dask_cuda": "dask-cuda",
     "sklearn": "scikit-learn", "mlperf_logging": "mlperf-logging", "fbgemm_gpu": "fbgemm-gpu",
 }  # fmt: skip
-PIN = re.compile(r"^([A-Za-z0-9_.\-\[\]]+)==(\S+)", re.MULTILINE)
+PIN = re.compile(r"^([A-Za-z0-9_.\-\[\]]+)==([^\s;]+)", re.MULTILINE)
 
 
 def _pins() -> dict[str, str]:
-    """Versions by distribution, out of the requirements files; none where only the packages themselves are here."""
+    """Versions by distribution, out of the requirements files, or of what is known of the installed project; none where
+    its folders alone are here."""
     texts = [(ROOT / name).read_text() for name in REQUIREMENTS if (ROOT / name).is_file()]
+    if not texts:
+        try:
+            texts = importlib.metadata.requires(DISTRIBUTION) or []
+        except importlib.metadata.PackageNotFoundError:
+            return {}
     return dict(pair for text in texts for pair in PIN.findall(text))
 
 

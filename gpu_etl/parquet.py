@@ -108,6 +108,7 @@ class ParquetSlab:
     day: int
     end: int
     batch: pa.RecordBatch
+    part: int = 0
 
     @property
     def labelled(self) -> bool:

@@ -78,6 +78,42 @@ def side_by_side(
             thread.join()
 
 
+def in_turn(
+    sources: list[Iterator], at_once: int, depth: int = 2, initializer: Callable[[], None] = nothing
+) -> Iterator[tuple[int, object]]:
+    """(place, item) of all items of the first source, the second, and so on; (place, None) at the end of each.
+
+    The source whose turn it is and the at_once - 1 behind it are run through by a thread each, `depth` items ahead;
+    with at_once 1 there is no thread. Errors arrive where the item would have. Closing the returned generator ends the
+    threads.
+    """
+    ahead: deque[Iterator] = deque()
+    left = iter(sources)
+    try:
+        for place in range(len(sources)):
+            while len(ahead) < at_once and (source := next(left, None)) is not None:
+                ahead.append(source if at_once == 1 else _started(source, depth, initializer))
+            for item in ahead[0]:
+                yield place, item
+            yield place, None
+            ahead.popleft().close()
+    finally:
+        for source in ahead:
+            source.close()
+
+
+def _started(items: Iterator, depth: int, initializer: Callable[[], None]) -> Iterator:
+    """prefetch() whose thread runs at once, rather than when the first item is asked for."""
+    made = prefetch(_with_head(items), depth, initializer)
+    next(made)
+    return made
+
+
+def _with_head(items: Iterator) -> Iterator:
+    yield None
+    yield from items
+
+
 def in_order(calls: Iterable[Callable], threads: int, initializer: Callable[[], None] = nothing) -> Iterator:
     """Results of calls, made by several threads at a time, in the order of the calls.
 

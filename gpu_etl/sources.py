@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -23,21 +23,28 @@ class Stamp(NamedTuple):
 
 
 class Stamped(Protocol):
-    """What is asked of a source here; see extract.Source."""
+    """What is asked of a source here; see text.Source."""
 
     path: Path
     size: int
     read: int
     stamp: Stamp | None
 
+    @property
+    def files(self) -> tuple["Stamped", ...]: ...
+
+
+def located(source: Stamped) -> list[tuple[str, Stamp | None]]:
+    """Path and stamp of each file of a source."""
+    return [(str(file.path.resolve()), file.stamp) for file in source.files]
+
 
 @dataclass(frozen=True)
 class Recorded:
-    """What an earlier run wrote down of a day file: its path, its stamp, and the CRC-32 of all its bytes as 8 hex
-    digits; crc32 is None where that run did not come to the file's end, begun says whether it read any row of it."""
+    """What an earlier run wrote down of a day: what located() gave, and the CRC-32 of all its bytes as 8 hex digits;
+    crc32 is None where that run did not come to the day's end, begun says whether it read any row of it."""
 
-    path: str
-    stamp: Stamp
+    files: list[tuple[str, Stamp]]
     crc32: str | None
     begun: bool = True
 
@@ -60,6 +67,11 @@ def check_read(source: Stamped, read: int) -> None:
 
 def check_unchanged(source: Stamped, error_type: type[DataError] = DataError) -> None:
     """Raise such an error where a source's file is not the one of its stamp any more."""
+    for file in source.files:
+        _check_file(file, error_type)
+
+
+def _check_file(source: Stamped, error_type: type[DataError]) -> None:
     if source.stamp is None:
         return
     try:
@@ -77,9 +89,10 @@ def check_unchanged(source: Stamped, error_type: type[DataError] = DataError) ->
         )
 
 
-def checksum(path: Path, size: int, progress=lambda count: None) -> str:
-    """CRC-32 of the first `size` bytes of a file, as 8 hex digits. progress: called with bytes read since last time."""
-    crc32, buffer = 0, memoryview(bytearray(BLOCK_BYTES))
+def checksum(path: Path, size: int, progress: Callable[[int], None] = lambda count: None, crc32: int = 0) -> str:
+    """CRC-32 of the first `size` bytes of a file, as 8 hex digits; crc32: of what comes before them. progress: called
+    with bytes read since last time."""
+    buffer = memoryview(bytearray(BLOCK_BYTES))
     with open(path, "rb", buffering=0) as file:
         while size and (count := file.readinto(buffer[:size])):
             crc32 = codecs.crc32(buffer[:count], crc32)
@@ -96,7 +109,15 @@ def other_bytes(expected: Iterable[tuple[Stamped, str]], why: str) -> list[Path]
     print(f"comparing the checksums of {len(expected)} day files: {why}", file=sys.stderr)
     total = sum(source.size for source, _ in expected)
     with tqdm(total=total, unit="B", unit_scale=True, desc="compare", file=sys.stderr) as bar:
-        return [source.path for source, crc32 in expected if checksum(source.path, source.size, bar.update) != crc32]
+        return [source.path for source, crc32 in expected if _checksum_of(source, bar.update) != crc32]
+
+
+def _checksum_of(source: Stamped, progress: Callable[[int], None]) -> str:
+    """CRC-32 of the files of a source, joined to one, as 8 hex digits."""
+    found = 0
+    for file in source.files:
+        found = int(checksum(file.path, file.size, progress, found), 16)
+    return f"{found:08x}"
 
 
 def unproven(sources: list[Stamped], recorded: list[Recorded]) -> list[Path]:
@@ -107,7 +128,7 @@ def unproven(sources: list[Stamped], recorded: list[Recorded]) -> list[Path]:
     doubtful = [
         (source, before)
         for source, before in zip(sources, recorded, strict=True)
-        if before.begun and (str(source.path.resolve()), source.stamp) != (before.path, before.stamp)
+        if before.begun and located(source) != before.files
     ]
     hopeless = [source.path for source, before in doubtful if before.crc32 is None]
     if hopeless:

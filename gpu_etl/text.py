@@ -8,7 +8,7 @@ Slabs come in the order of the file, whoever read them first.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -32,7 +32,8 @@ STEP_BYTES = 1 << 12
 @dataclass
 class Source:
     """One day file, or `size` bytes of a plain text one from `begin` on: how many bytes were read, and the CRC-32 of
-    what was read. stamp: of the whole file, None where it is not looked at again."""
+    what was read. stamp: of the whole file, None where it is not looked at again. parts: the files of a day of part
+    files, whose path is their folder, and whose size, CRC-32 and bytes read are those of the files joined to one."""
 
     path: Path
     size: int
@@ -40,6 +41,16 @@ class Source:
     read: int = 0
     crc32: int = 0
     stamp: Stamp | None = None
+    parts: tuple["Source", ...] = ()
+
+    @property
+    def files(self) -> tuple["Source", ...]:
+        """The files of the day."""
+        return self.parts or (self,)
+
+    def fresh(self) -> "Source":
+        """The same source, of which nothing was read."""
+        return replace(self, read=0, crc32=0, parts=tuple(part.fresh() for part in self.parts))
 
 
 @dataclass
@@ -50,6 +61,7 @@ class TextSlab:
     end: int
     text: np.ndarray
     pool: Pool
+    part: int = 0
     _ends: np.ndarray | None = None
 
     def prepare(self, kernels: ModuleType) -> None:

@@ -15,7 +15,7 @@ from gpu_etl.journal import Journal
 from gpu_etl.schema import RECORD_BYTES, Preset
 from gpu_etl.settings import Settings, without_bad_rows
 from gpu_etl.shuffle import bucket_count
-from gpu_etl.sources import Recorded, Stamp, check_same, unproven
+from gpu_etl.sources import Recorded, Stamp, check_same, located, unproven
 from gpu_etl.spill import NUMBERED
 
 WORK, JOB, JOURNAL = ".work", "job.json", "journal.jsonl"
@@ -38,15 +38,22 @@ def describe_job(sources: list[Source], settings: Settings) -> dict:
     size = backend.bucket_bytes("cpu" if settings.on_cluster else settings.device)
     return {
         "settings": without_bad_rows(settings.shaping()),
-        "sources": [{"file": source.path.name, "bytes": source.size} for source in sources],
+        "sources": [_describe_source(source) for source in sources],
         "buckets": bucket_count(guess_rows(sources, settings.preset), size) if settings.shuffle else 0,
         "cluster": settings.on_cluster,
     }
 
 
+def _describe_source(source: Source) -> dict:
+    """What the job says of a day; of part files, as the place that a run has come to is one in a file, each."""
+    found = {"file": source.path.name, "bytes": source.size}
+    return found | {"parts": [[part.path.name, part.size] for part in source.parts]} if source.parts else found
+
+
 def guess_rows(sources: list[Source], preset: Preset) -> int:
     """About how many rows will be kept."""
-    rows = sum(s.size // ASSUMED_ROW_BYTES.get(s.path.suffix, ASSUMED_TEXT_ROW_BYTES) for s in sources)
+    files = [file for source in sources for file in source.files]
+    rows = sum(file.size // ASSUMED_ROW_BYTES.get(file.path.suffix, ASSUMED_TEXT_ROW_BYTES) for file in files)
     return int(rows * max(preset.sample, preset.sample_last))
 
 
@@ -57,7 +64,8 @@ def finished(out: Path, job: dict, sources: list[Source]) -> manifest.Manifest |
         return None
     found = manifest.Manifest.read(out)
     named = [{"file": source["file"], "bytes": source["bytes"]} for source in found.sources]
-    if without_bad_rows(found.settings) != job["settings"] or named != job["sources"]:
+    wanted = [{"file": source.path.name, "bytes": source.size} for source in sources]
+    if without_bad_rows(found.settings) != job["settings"] or named != wanted:
         raise DataError(
             f"{out}: a finished data set is there already, made of other files or with other settings; "
             "choose another --out, or delete it first"
@@ -130,8 +138,8 @@ def begin(work: Path, journal: Journal, job: dict, sources: list[Source]) -> Non
     if reason:
         print(f"{reason}; the run begins anew", file=sys.stderr)
         clear(work, journal)
-    stamps = [{"path": str(s.path.resolve()), "bytes": s.stamp.size, "mtime_ns": s.stamp.mtime_ns} for s in sources]
-    write_json(work / JOB, job | {"stamps": stamps})
+    files = [[[path, *stamp] for path, stamp in located(source)] for source in sources]
+    write_json(work / JOB, job | {"files": files})
     if not journal.events:
         journal.record(job=identity(job))
 
@@ -157,7 +165,9 @@ def _why_anew(work: Path, journal: Journal, job: dict, sources: list[Source]) ->
         return f"{work / JOURNAL}: empty or missing, beside the work of an earlier run" if left else None
     if journal.events[0].get("job") != identity(job):
         return f"{work / JOURNAL}: the journal of another run"
-    changed = unproven(sources, _recorded(journal, there["stamps"], job["cluster"]))
+    if "files" not in there:
+        return f"{work / JOB}: written by an older version of this tool"
+    changed = unproven(sources, _recorded(journal, there["files"], job["cluster"]))
     if changed:
         return (
             f"{', '.join(map(str, changed))}: not proven to be the bytes that the unfinished run in {work} has read "
@@ -166,16 +176,16 @@ def _why_anew(work: Path, journal: Journal, job: dict, sources: list[Source]) ->
     return None
 
 
-def _recorded(journal: Journal, stamps: list[dict], cluster: bool) -> list[Recorded]:
+def _recorded(journal: Journal, days: list[list], cluster: bool) -> list[Recorded]:
     """What the earlier run wrote down of the day files. Of a cluster's, the checksums are in other journals."""
     crcs = {event["day"]: event["crc32"] for event in journal.all("day")}
     begun = {event["day"] for event in journal.all("slab")}
     return [
         Recorded(
-            found["path"], Stamp(found["bytes"], found["mtime_ns"]), crcs.get(day),
+            [(path, Stamp(*stamp)) for path, *stamp in files], crcs.get(day),
             begun=cluster or day in begun or day in crcs,
         )
-        for day, found in enumerate(stamps)
+        for day, files in enumerate(days)
     ]  # fmt: skip
 
 

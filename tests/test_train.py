@@ -6,6 +6,8 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import train
 from gpu_etl.pipeline import Settings, encode_days
@@ -217,3 +219,22 @@ def test_flags_that_cannot_be(capsys, words):
 def test_help_as_a_process():
     done = subprocess.run([sys.executable, "train.py", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "--decay_start_step" in done.stdout and "DeepSparkHub" in done.stdout
+
+
+def test_the_tables_have_a_learning_rate_of_their_own(folder, tmp_path, capsys):
+    found = {}
+    for rate in (1e-30, 10, 20):
+        out = tmp_path / str(rate)
+        flags = "--batch_size", 2000, "--lr", 0.1, "--warmup_steps", 0, "--embedding_lr", rate  # one step
+        assert run(capsys, "--dataset", folder, *flags, "--save_model", "--output_dir", out)[0] == 0
+        (step,) = out.glob("step_*")
+        tensors = {key: value for path in step.glob("*.safetensors") for key, value in load_file(path).items()}
+        found[rate] = [{k: v for k, v in tensors.items() if k.startswith("table") is kind} for kind in (True, False)]
+    tables, mlps = zip(*found.values(), strict=True)
+    moved = 0
+    for name, start in tables[0].items():
+        torch.testing.assert_close(tables[2][name] - start, 2 * (tables[1][name] - start), atol=1e-6, rtol=1e-3)
+        moved += int((tables[1][name] != start).sum())
+    assert moved > 1000
+    for name, weights in mlps[0].items():
+        assert torch.equal(weights, mlps[1][name]) and torch.equal(weights, mlps[2][name]), name

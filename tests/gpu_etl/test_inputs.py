@@ -332,10 +332,6 @@ def link(folder, name):
     (folder / name).symlink_to(folder.parent / "not_mounted" / name)
 
 
-def part_files(folder, name):
-    touch(folder / name, "part-00000", "part-00001")
-
-
 def subfolder(folder, name):
     (folder / name).mkdir()
 
@@ -347,8 +343,7 @@ def subfolder(folder, name):
     ("day_2.bz2", touch, r"day_2\.bz2: it looks like a day, but is not called like one"),
     ("day2", touch, r"day2: it looks like a day, but is not called like one"),
     ("day-2", touch, r"day-2: it looks like a day, but is not called like one"),
-    ("day_2", subfolder, r"day_2: it looks like a day, but is a folder"),
-    ("day_2", part_files, r"day_2: expected day files, found part-\* files, .* join them .*cat .*day_2/part-\* >"),
+    ("day_2", subfolder, r"day_2: it looks like a day, but is a folder without part files"),
 ])  # fmt: skip
 def test_a_day_that_would_be_left_out_is_an_error(tmp_path, name, make, words):
     days = touch(tmp_path / "mix", "day_0", "day_1")
@@ -371,13 +366,6 @@ def test_a_pattern_that_holds_a_day_twice(tmp_path):
     touch(tmp_path, "day_0", "day_0.gz", "day_1")
     with pytest.raises(DataError, match=r"day_\*: expected each day once, found both day_0 and day_0\.gz"):
         expand([tmp_path / "day_*"])
-
-
-def test_part_files_are_pieces_of_a_day(tmp_path):
-    touch(tmp_path / "day_0", "part-00000.gz", "part-00001.gz", "_SUCCESS")
-    with pytest.raises(DataError, match=r"pieces of one day; join them .* as a pattern: '.*/day_0/part-\*'"):
-        expand([tmp_path / "day_0"])
-    assert names(expand([tmp_path / "day_0" / "part-*"])) == ["part-00000.gz", "part-00001.gz"]
 
 
 def test_the_list_of_days_is_short_and_has_both_ends(tmp_path):

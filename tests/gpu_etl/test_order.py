@@ -96,6 +96,13 @@ def test_windows_mix_rows_and_only_theirs():
     assert found not in others and others[0] != others[1]
 
 
+def test_each_window_has_an_order_of_its_own():
+    order = Order(1000, 10, False, 1, buffer=100)
+    rows = np.array(batches(order)).reshape(10, 100)  # ten windows
+    inside = {tuple(window - 100 * number) for number, window in enumerate(rows)}
+    assert len(inside) == 10
+
+
 def test_small_batches_are_read_together_and_large_ones_alone():
     assert next(len(unit.sizes) for unit in Order(200_000, 2048).units(0)) == UNIT_ROWS // 2048
     assert [len(unit.sizes) for unit in Order(200_000, 100_000).units(0)] == [1, 1]

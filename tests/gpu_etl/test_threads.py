@@ -59,7 +59,7 @@ def test_every_thread_that_touches_the_device_has_entered_it(device, day_files, 
 
 def test_tasks_of_any_thread_enter_the_device(device, day_files, tmp_path):
     days = open_sources(day_files)
-    part, failed = Part(0, 0, 0, days[0].size), []
+    part, failed = Part(0, 0, 0, 0, days[0].size), []
 
     def task():
         try:

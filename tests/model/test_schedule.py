@@ -2,6 +2,8 @@
 
 import pytest
 
+from model import options
+from model.flags import build_parser
 from model.schedule import Schedule
 from tests.reference import learning_rate
 
@@ -54,3 +56,19 @@ def test_what_a_run_will_not_see_is_told():
 def test_a_warm_up_that_is_too_long_ends_elsewhere_than_at_the_height(warmup, steps, words):
     (only,) = Schedule(0.1, warmup).warnings(steps)
     assert words in only
+
+
+@pytest.mark.parametrize(
+    ("unit", "lengths", "steps"),
+    [
+        ("steps", (3, 7, 5), (3, 7, 5)),
+        ("samples", (101, 200, 299), (2, 2, 3)),  # of batches of 100: a step that has begun counts
+        ("epochs", (0.15, 0.26, 0.5), (3, 6, 10)),  # of epochs of 20 steps: 3, 5.2, 10
+    ],
+)
+def test_lengths_in_any_unit_become_steps_rounded_up(unit, lengths, steps):
+    flags = ["--schedule_unit", unit, "--batch_size", "100", "--dataset", "x"]
+    for name, length in zip(("--warmup_steps", "--decay_start_step", "--decay_steps"), lengths, strict=True):
+        flags += [name, str(length)]
+    found = options.schedule(build_parser("").parse_args(flags), steps_per_epoch=20)
+    assert (found.warmup_steps, found.decay_start_step, found.decay_steps) == steps
