@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
-from gpu_etl import formats
+from gpu_etl import bad_rows, formats
 from gpu_etl.backend import DEVICES
 from gpu_etl.schema import DENSE_RULES, LAST_DAY_RULES, ORDERS, PRESETS, choose_preset
-from gpu_etl.settings import BAD_ROWS, Settings
+from gpu_etl.settings import Settings
 
 ENCODE_HELP = """Encode raw days into a data set, in two passes and bounded memory.
 
@@ -78,7 +78,7 @@ def _add_encode_flags(parser: argparse.ArgumentParser) -> None:
     add("--shuffle", action=argparse.BooleanOptionalAction, default=True,
         help="shuffle the training rows; --no-shuffle keeps file order (default: shuffle)")  # fmt: skip
     add("--seed", type=int, default=default.seed, help="of the shuffle and of sampling (default: 0)")
-    add("--bad-rows", default=default.bad_rows, choices=BAD_ROWS,
+    add("--bad-rows", default=default.bad_rows, choices=bad_rows.RULES,
         help="stop at a bad row, or leave it out and count it (default: error)")  # fmt: skip
     add("--max-bad-rows", type=int, default=default.max_bad_rows, metavar="N",
         help="with --bad-rows skip: more bad rows than that are an error (default: 1000)")  # fmt: skip

@@ -3,11 +3,11 @@
 from dataclasses import asdict, dataclass
 
 from gpu_etl import formats, packages
+from gpu_etl.bad_rows import BadRows
 from gpu_etl.errors import DataError
 from gpu_etl.schema import PRESETS, Preset
 
 MIN_SLAB_BYTES = 1 << 10
-BAD_ROWS = ("error", "skip")
 
 
 def without_bad_rows(shaping: dict) -> dict:
@@ -60,8 +60,7 @@ class Settings:
             )
         if self.form not in formats.FORMS:
             raise DataError(f"--format: expected one of {', '.join(formats.FORMS)}, got {self.form!r}")
-        if self.bad_rows not in BAD_ROWS or self.max_bad_rows < 0:
-            raise DataError(f"--bad-rows: expected {' or '.join(BAD_ROWS)}, with --max-bad-rows 0 or more")
+        BadRows(self.bad_rows, self.max_bad_rows).check()
         if self.days and (self.days < 2 or inputs != 1):
             raise DataError(
                 f"--days {self.days} with {inputs} input files: expected one file to cut into 2 or more days"
