@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from gpu_etl.bad_rows import BadRows
 from gpu_etl.errors import DataError
 from gpu_etl.load.batch import Batch
 from gpu_etl.load.cpu import CpuLoader
@@ -194,7 +195,8 @@ class Session:
         args = self.args
         source = args.input or args.dataset
         if not source.is_dir() or is_day(source):
-            return RowsToScore(RawDay(args.dataset, source, args.unseen), self.device)
+            bad_rows = BadRows(args.bad_rows, args.max_bad_rows)
+            return RowsToScore(RawDay(args.dataset, source, args.unseen, bad_rows), self.device)
         data = open_dataset(source, "auto")
         check_data(args, data, self.trainer.model.config)
         return RowsToScore(None, self.device, CpuLoader(data.splits["test"], args.test_batch_size, self.device))
@@ -228,12 +230,17 @@ class RowsToScore:
         """All of them, in order."""
         return self.day.batches(self.device) if self.day else self.loader.batches()
 
+    @property
+    def skipped(self) -> list[int]:
+        """Numbers, from 1, of the rows so far that were left out, as they cannot be parsed."""
+        return self.day.bad_row_numbers if self.day else []
+
     def report(self) -> dict:
         """What is to be told of them, behind the last batch."""
         if not self.day:
             return {}
         say(self.day.unseen_words())
-        return {"unseen": self.day.unseen_report()}
+        return {"unseen": self.day.unseen_report(), "bad_rows": dict(self.day.dropped)}
 
 
 def run(args: argparse.Namespace, make_session: Callable[[argparse.Namespace], Session] = Session) -> dict:

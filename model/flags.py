@@ -231,6 +231,15 @@ def _add_mode_flags(group) -> None:
         "(default: rare)",
     )  # fmt: skip
     group.add_argument(
+        "--bad_rows", "--bad-rows", choices=("error", "skip"), default="error",
+        help="predict on a raw day: rows that cannot be parsed are an error, or are skipped: their line of the scores "
+        "is null, so that line N stays that of row N (default: error)",
+    )  # fmt: skip
+    group.add_argument(
+        "--max_bad_rows", "--max-bad-rows", type=whole(0), default=1000, metavar="N",
+        help="with --bad_rows skip: more bad rows than that are an error (default: 1000)",
+    )  # fmt: skip
+    group.add_argument(
         "--inference_benchmark_batch_sizes", type=whole(1), nargs="+", default=[1, 64, 4096], metavar="B",
         help="default: 1 64 4096",
     )  # fmt: skip

@@ -1,9 +1,10 @@
 """A trained model at work: scores, their speed, and export for other programs."""
 
+import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -69,6 +70,18 @@ class Scorer(nn.Module):
         return torch.where(fits, found, torch.nan)
 
 
+@contextmanager
+def _workplace(path: Path) -> Iterator[Path]:
+    """A folder beside a file to come, cleared away at the end; what a process that was killed left in it goes first."""
+    folder = path.with_name(f"{path.name}.part")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def export(model: DLRM, path: Path) -> list[Path]:
     """Write the model with any batch size: by torch.export (.pt2), or as ONNX (.onnx), by the file's name. Returns the
     files: that one, and what has to lie beside it (ONNX keeps large weights in NAME.data).
@@ -85,10 +98,10 @@ def export(model: DLRM, path: Path) -> list[Path]:
     )
     batch = torch.export.Dim("batch", min=1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{path.name}.part", dir=path.parent) as folder, torch.no_grad():
-        WRITERS[path.suffix](model, Path(folder) / path.name, example, ({0: batch}, {0: batch}))
+    with _workplace(path) as folder, torch.no_grad():
+        WRITERS[path.suffix](model, folder / path.name, example, ({0: batch}, {0: batch}))
         # The one that needs others comes last.
-        parts, again = sorted(Path(folder).iterdir(), key=lambda part: part.name == path.name), path.is_file()
+        parts, again = sorted(folder.iterdir(), key=lambda part: part.name == path.name), path.is_file()
         for part in parts:
             atomic.to_disk(part)
         for part in parts:

@@ -7,6 +7,7 @@ import torch
 from tqdm import tqdm
 
 from model import inference, memory, options, runs
+from model.config import ConfigError
 from model.device import set_threads
 from model.engine import fit, profile
 from model.logs import RunLog, summary
@@ -133,11 +134,19 @@ def predict(session) -> dict:
     rows, kept = session.rows_to_score(), []
     with session.score_writer(rows.labelled) as writer:
         for found, labels in inference.scores(session.trainer, tqdm(rows.batches(), desc="predict", unit="batch")):
-            writer.write(found.numpy(), labels.numpy())
+            writer.write(found.numpy(), labels.numpy(), rows.skipped)
             kept.append((found, labels))
+        if not kept:
+            what = "all of its rows are bad ones" if rows.skipped else "it has no rows"
+            raise ConfigError(f"{session.args.input or session.args.dataset}: nothing to score: {what}")
+        none = torch.zeros(0)
+        writer.write(none.numpy(), none.numpy(), rows.skipped)  # those behind the last good one
     scores, labels = (torch.cat(column) for column in zip(*kept, strict=True))
     metrics = asdict(measure(torch.logit(scores.double()), labels)) if rows.labelled else {}
-    return {"output": str(session.args.output), "rows": len(scores), **metrics, **rows.report()}
+    if rows.skipped:
+        say(f"{len(rows.skipped):,} rows could not be parsed: their scores are null, in their places")
+    told = {"output": str(session.args.output), **metrics, "rows": writer.rows, "scored": len(scores)}
+    return {**told, **rows.report()}
 
 
 def inference_benchmark(session) -> dict:
