@@ -1,4 +1,4 @@
-"""Ranks that stop, hang or leave without a word: the others say which, and the job ends soon. No thread is left behind."""
+"""Ranks that stop, hang or leave without a word: the others say which, and the job ends soon. No thread is left."""
 
 import ctypes
 import os
