@@ -185,7 +185,7 @@ def test_flags_from_a_file(tmp_path):
         (b"@FOLDER\n", "Is a directory: expected a file of flags"),
         (b"@FOLDER/none\n", "No such file or directory: expected a file of flags, or one of @criteo_kaggle"),
         (b"@" + b"x" * 5000, "File name too long: expected a file of flags"),
-        (b"--lr 1e400\n", "argument --lr: expected a number above 0, got '1e400'"),
+        (b"--lr 1e400\n", "argument --lr: expected a number above 0 and at most 3.4e+38, got '1e400'"),
         (b"--betas 1 0\n", "argument --betas: expected a number of at least 0 and below 1, got '1'"),
     ],
 )
