@@ -12,7 +12,8 @@ run: setup
 	$(PY) -m bench quickstart
 
 test: setup
-	$(PY) -m pytest -n auto --maxprocesses 4
+	$(PY) -m tests.warm
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 doctor: setup
 	$(PY) -m gpu_etl doctor

@@ -15,9 +15,9 @@ words and progress to stderr and, as the last line of stdout, one JSON object. E
 
 import argparse
 import contextlib
-import json
 import os
 import sys
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,14 +26,16 @@ import torch.distributed as dist
 
 import train
 from gpu_etl.load.identity import sample
-from model import checkpoint, flags, options, placement, runs
+from model import checkpoint, flags, memory, options, placement, runs
 from model.config import ConfigError, ModelConfig
 from model.distributed import RankKeeper, RankLoader, RankTrainer, make_model
 from model.dlrm import DLRM
 from model.embedding import Storage
 from model.keeper import Keeper
+from model.numbers import number, whole
 from model.optimizers import Optimizer
-from model.outcome import StoppedError, explain
+from model.outcome import StoppedError, explain, say, sigterm_raises, tell
+from model.parser import Boolean
 from model.predict import MACHINES, Job
 from model.ranks import BACKENDS, choose_device, join
 from model.sharding import Plan, read_plan
@@ -56,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--backend", default="auto", choices=BACKENDS, help="nccl on GPUs, gloo on CPUs (default: by the device)"
     )
     group.add_argument(
-        "--cache_eval_data", action=flags.Boolean, default=False, help="keep the test batches on the device"
+        "--cache_eval_data", action=Boolean, default=False, help="keep the test batches on the device"
     )
     group.add_argument("--plan", type=Path, metavar="FILE", help="place tables by this plan (default: make one)")
     group.add_argument("--save_plan", type=Path, metavar="FILE", help="write the plan, to be edited and given back")
@@ -64,9 +66,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--wire_dtype", default="fp32", choices=sorted(WIRES), help="of vectors and gradients sent (default: fp32)"
     )
     group.add_argument(
-        "--memory", type=float, metavar="GB", help="of a rank, for the plan (default: 90 %% of what is free)"
-    )
-    group.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # torch.distributed.launch's
+        "--memory", type=number(above=True), metavar="GB",
+        help="of a rank, for the plan (default: 90 %% of what is free)",
+    )  # fmt: skip
+    # torch.distributed.launch's:
+    group.add_argument("--local_rank", "--local-rank", type=whole(0), help=argparse.SUPPRESS)
     return parser
 
 
@@ -116,7 +120,7 @@ class RankSession(train.Session):
         plan = read_plan(args.plan) if args.plan else placement.make_plan(job, self.ranks.world, machine)
         plan.check(job.config, self.ranks.world, job.optimizer, f"--plan {args.plan}")
         placement.check_memory(plan, job, machine)
-        train.say(placement.show(plan, job, machine))
+        say(placement.show(plan, job, machine))
         if args.save_plan:
             plan.write(args.save_plan)
         return plan
@@ -130,7 +134,7 @@ class RankSession(train.Session):
             name = next((known for known in MACHINES if known in card), "h100")
         else:
             local_world = int(os.environ.get("LOCAL_WORLD_SIZE", self.ranks.world))
-            free = available_memory() / local_world
+            free = memory.available(self.device) / local_world
         free = 1e9 * self.args.memory if self.args.memory else MEMORY_SHARE * free
         return replace(MACHINES[name], memory=min(self.ranks.everyone(free)))
 
@@ -181,12 +185,6 @@ class RankSession(train.Session):
         return RankKeeper(self.ranks, *settings)
 
 
-def available_memory() -> int:
-    """Bytes that new programs can have on this machine without swapping."""
-    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-    return next(1024 * int(words[1]) for words in lines if words[0] == "MemAvailable:")
-
-
 def prepare(args: argparse.Namespace) -> None:
     """Raise ConfigError for what only one process can do, and settle where a run that is started again goes on."""
     if args.mode not in ("train", "test") and not args.test_only:
@@ -198,7 +196,7 @@ def prepare(args: argparse.Namespace) -> None:
     restarts = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     if restarts and mark.exists():
         args.ckpt = found or args.ckpt
-        train.say(f"started again, time {restarts}")
+        say(f"started again, time {restarts}")
         return
     mark.unlink(missing_ok=True)
     if found and not args.ckpt:
@@ -227,7 +225,7 @@ def run(args: argparse.Namespace, watch: Watch | None, store: dist.Store | None)
     session = sessions[0]
     if session.ranks.rank == 0:
         more = {"command": "dist_train", "world": session.ranks.world, "placement": session.plan.kinds()}
-        print(json.dumps(train.jsonable({**result, **more}), allow_nan=False), flush=True)
+        tell({**result, **more})
     part(session, watch)
 
 
@@ -236,7 +234,7 @@ def part(session: RankSession, watch: Watch | None) -> None:
     if watch:
         watch.end()
     session.ranks.everyone(None)
-    dist.destroy_process_group()
+    session.ranks.end()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -247,22 +245,25 @@ def main(argv: list[str] | None = None) -> int:
         watch.hold_off_sigterm()
     quiet = open(os.devnull, "w") if int(os.environ.get("RANK", 0)) else None  # noqa: SIM115 - until the end
     try:
-        with contextlib.redirect_stderr(quiet) if quiet else contextlib.nullcontext():
+        with contextlib.redirect_stderr(quiet) if quiet else sigterm_raises():
             run(args, watch, store)
     except StoppedError as stopped:
         if not quiet:
-            train.say(str(stopped))
+            say(str(stopped))
         return stopped.status
-    except train.EXPECTED as error:
-        status, words = explain(error)
-        if watch:
-            watch.failed(status, words)
-        train.say(words)
-        return status
-    except Exception as error:
-        if watch:
+    except BaseException as error:
+        if args.debug:
+            traceback.print_exception(error)
+        found = explain(error, train.EXPECTED, RankSession.less_memory)
+        if watch and found:
+            watch.failed(*found)
+        if watch and isinstance(error, Exception):
             watch.broken(error)
-        raise
+        if not found:
+            raise
+        with contextlib.suppress(OSError):  # nobody may be there to read it
+            say(found[1])
+        return found[0]
     return 0
 
 

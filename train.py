@@ -13,16 +13,17 @@ of which write a checkpoint first (--ckpt goes on from it).
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from gpu_etl.bad_rows import BadRows
 from gpu_etl.errors import DataError
+from gpu_etl.load.batch import Batch
 from gpu_etl.load.cpu import CpuLoader
 from gpu_etl.load.dataset import DataSet, open_dataset
 from gpu_etl.load.identity import meaning, rows_digest, sample
@@ -31,25 +32,20 @@ from gpu_etl.load.resident import ResidentLoader
 from gpu_etl.load.scores import ScoreWriter
 from gpu_etl.part_files import is_day
 from gpu_etl.schema import DENSE, SPARSE
-from model import checkpoint, flags, inference, memory, options, runs
+from model import checkpoint, flags, memory, modes, options, outcome, runs
 from model.config import ConfigError, ModelConfig, read_config
 from model.device import choose_device, set_threads
 from model.dlrm import DLRM
-from model.engine import fit, profile
 from model.keeper import Keeper
-from model.logs import RunLog, jsonable, summary
-from model.metrics import Metrics, measure
+from model.metrics import Metrics
 from model.mlperf_log import MLPerfLog
 from model.optimizers import Optimizer
-from model.outcome import StoppedError, explain
+from model.outcome import say
 from model.runs import RunState
 from model.state import State
 from model.trainer import Trainer
 
-
-def say(text: str) -> None:
-    """A line of words to stderr."""
-    print(text, file=sys.stderr)
+EXPECTED = (DataError,)  # beside what outcome.explain() knows: its message says it all
 
 
 def open_data(args: argparse.Namespace) -> tuple[DataSet, ModelConfig]:
@@ -128,7 +124,9 @@ class Session:
         return choose_device(self.args.device)
 
     def make_model(self, config: ModelConfig, tables: Optimizer) -> DLRM:
-        """The model with its first weights."""
+        """The model with its first weights. Raises ConfigError where its tables cannot fit."""
+        place = torch.device("cpu") if self.args.table_placement == "host" else self.device
+        memory.check_tables(config, tables, options.storage(self.args).dtype, place)
         with self.device:
             return DLRM(config, self.args.use_embedding_ext, tables, options.storage(self.args))
 
@@ -153,6 +151,14 @@ class Session:
     def restore(self, folder: Path) -> State:
         """Go on where a checkpoint is; returns its state."""
         return checkpoint.restore(folder, self.trainer)
+
+    def meaning(self) -> dict:
+        """Digests of what gives the model's inputs their meaning."""
+        return meaning(self.data)
+
+    def check_data(self, place: dict) -> RunState:
+        """What --ckpt says of its run, as check_data()."""
+        return check_data(self.args, self.data, self.trainer.model.config, place)
 
     def plan_run(self) -> runs.Run:
         """Who this run is, and which folder is to be its own."""
@@ -184,6 +190,21 @@ class Session:
         with memory.explained(f"test on batches of {self.args.test_batch_size:,} rows", "lower --test_batch_size"):
             return self.trainer.evaluate(loader.batches(), len(loader), f"test on {split}")
 
+    def rows_to_score(self) -> "RowsToScore":
+        """What predict scores: the rows of --input."""
+        args = self.args
+        source = args.input or args.dataset
+        if not source.is_dir() or is_day(source):
+            bad_rows = BadRows(args.bad_rows, args.max_bad_rows)
+            return RowsToScore(RawDay(args.dataset, source, args.unseen, bad_rows), self.device)
+        data = open_dataset(source, "auto")
+        check_data(args, data, self.trainer.model.config)
+        return RowsToScore(None, self.device, CpuLoader(data.splits["test"], args.test_batch_size, self.device))
+
+    def score_writer(self, labelled: bool) -> ScoreWriter:
+        """What writes --output."""
+        return ScoreWriter(self.args.output, labelled)
+
     def place(self) -> dict:
         """What a resumed run must have in common with the one before, so that its batches go on where they were."""
         args, rows = self.args, self.data.splits["train"]
@@ -192,126 +213,34 @@ class Session:
                 "shuffle_buffer_size": args.shuffle_buffer_size}  # fmt: skip
 
 
-def train(session: Session) -> dict:
-    """Train as the flags say, then test; returns what happened."""
-    args, trainer, loader = session.args, session.trainer, session.loader
-    rows = session.data.splits["train"].rows
-    say(f"device {session.device}, {trainer.precision}; {rows:,} rows, {len(loader):,} steps an epoch; {loader}")
-    if trainer.precision.autocast not in (None, trainer.matrices):
-        say(f"matrix products in {trainer.matrices}: this CPU does them faster than {trainer.precision.autocast}")
-    for remark in trainer.remarks():
-        say(remark)
-    if "val" not in session.data.splits:
-        say("no validation split: tests on the way, --auc_threshold and --save_best go by the test split")
-    run, place, best_auc = session.plan_run(), session.place(), 0.0
-    args.ckpt = run.source
-    if run.source:
-        best_auc = go_on(session, place)
-    if args.profile_steps:
-        with memory.explained(f"profiling batches of {args.batch_size:,} rows", "lower --batch_size"):
-            say(profile(trainer, loader, args.profile_steps, args.output_dir))
-        return {"profile": str(args.output_dir / "trace.json")}
-    for warning in trainer.schedule.warnings(args.epochs * len(loader)):
-        say(f"warning: {warning}")
-    if session.mlperf:
-        session.data.drop_from_page_cache()
-        session.mlperf.event("cache_clear", True)
-        tests = session.data.splits.get("val", session.data.splits["test"]).rows
-        session.mlperf.run(options.mlperf_settings(args, trainer.schedule, rows, tests))
-    claim = None
-    if args.save_model or args.save_freq or args.save_minutes or args.save_best:
-        run = session.claim(run, must_lock=True)
-    else:  # only a signal may ask for a checkpoint
+@dataclass(frozen=True)
+class RowsToScore:
+    """Rows for predict: a raw day's, or those that a loader has; all of the latter have labels."""
 
-        def claim() -> Path:
-            return session.claim(run, must_lock=False).folder
+    day: RawDay | None
+    device: torch.device
+    loader: CpuLoader | None = None
 
-    keep = replace(options.keep_options(args), folder=run.folder)
-    own = runs.RunState(
-        run.id, str(args.dataset.resolve()), meaning(session.data), place, torch.get_num_threads(), best_auc
-    )
-    keeper = session.keep(keep, trainer, asdict(own), run.source, claim)
-    log = RunLog(args.log_dir, session.mlperf, run.id)
-    with memory.explained(f"training on batches of {args.batch_size:,} rows", session.less_memory):
-        progress = fit(trainer, loader, lambda: session.test("val"), options.loop_options(args), keeper, log)
-    if session.mlperf:
-        session.mlperf.stop(progress.reached)
-    result = {
-        "steps": trainer.steps,
-        "ended": progress.ended,
-        "train_seconds": round(progress.seconds, 3),
-        "samples_per_second": round(progress.samples_per_second),
-        "time_shares": {name: round(share, 3) for name, share in trainer.clock.shares().items()},
-        "validation": [{"step": step, **asdict(found)} for step, found in progress.tests],
-        "checkpoint": str(keeper.latest) if keeper.latest else None,
-        "memory_bytes": trainer.memory(),
-    }
-    if trainer.loss_scale:
-        result["loss_scale"] = trainer.loss_scale.state()
-    if progress.signal:
-        raise StoppedError(progress.signal, f"{progress.ended}; go on with --ckpt {keeper.latest}")
-    found = session.test("test")
-    log.tested(trainer.steps, trainer.steps / len(loader), found, "test")
-    try:
-        log.close()
-    except Exception as error:  # of the files or of the plot: the training is done, and its results are to be told
-        say(f"warning: {log.folder}: the logs could not be finished: {type(error).__name__}: {error}")
-    say(summary(result, found))
-    return {**result, "test": asdict(found)}
+    @property
+    def labelled(self) -> bool:
+        """Whether the rows have labels."""
+        return self.day is None or self.day.labelled
 
+    def batches(self) -> Iterator[Batch]:
+        """All of them, in order."""
+        return self.day.batches(self.device) if self.day else self.loader.batches()
 
-def go_on(session: Session, place: dict) -> float:
-    """Fill the trainer with --ckpt, once it is known to fit; returns the best AUC so far."""
-    args = session.args
-    before = check_data(args, session.data, session.trainer.model.config, place)
-    session.restore(args.ckpt)
-    if warning := set_threads(args.threads, before.threads):
-        say(f"warning: {warning}")
-    say(f"going on from {args.ckpt}, step {session.trainer.steps:,}")
-    return before.best_auc
+    @property
+    def skipped(self) -> list[int]:
+        """Numbers, from 1, of the rows so far that were left out, as they cannot be parsed."""
+        return self.day.bad_row_numbers if self.day else []
 
-
-def predict(session: Session) -> dict:
-    """Write the scores of a raw day, or of a data set's test split; returns their metrics, where there are labels."""
-    args = session.args
-    source = args.input or args.dataset
-    if source.is_dir() and not is_day(source):
-        data = open_dataset(source, "auto")
-        check_data(args, data, session.trainer.model.config)
-        loader = CpuLoader(data.splits["test"], args.test_batch_size, session.device)
-        batches, labelled, day = loader.batches(), True, None
-    else:
-        day = RawDay(args.dataset, source, args.unseen)
-        batches, labelled = day.batches(session.device), day.labelled
-    kept = []
-    with ScoreWriter(args.output, labelled) as writer:
-        for found, labels in inference.scores(session.trainer, tqdm(batches, desc="predict", unit="batch")):
-            writer.write(found.numpy(), labels.numpy())
-            kept.append((found, labels))
-    found, labels = (torch.cat(column) for column in zip(*kept, strict=True))
-    metrics = asdict(measure(torch.logit(found.double()), labels)) if labelled else {}
-    if day:
-        say(day.unseen_words())
-        metrics["unseen"] = day.unseen_report()
-    return {"output": str(args.output), "rows": len(found), **metrics}
-
-
-def inference_benchmark(session: Session) -> dict:
-    """Latency and throughput on batches of the test split."""
-    sizes, steps = session.args.inference_benchmark_batch_sizes, session.args.inference_benchmark_steps
-    batches = {size: [batch for batch, _ in zip(session.load("test", size).batches(), range(8), strict=False)]
-               for size in sizes}  # fmt: skip
-    found = inference.benchmark(session.trainer, batches, steps)
-    for figures in found:
-        say(", ".join(f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v:,}" for k, v in figures.items()))
-    return {"inference": found}
-
-
-def export(session: Session) -> dict:
-    """Write the model for other programs."""
-    batch = next(session.load("test", 3).batches())
-    inference.export(session.trainer.model, session.args.output, (batch.dense, batch.sparse))
-    return {"output": str(session.args.output)}
+    def report(self) -> dict:
+        """What is to be told of them, behind the last batch."""
+        if not self.day:
+            return {}
+        say(self.day.unseen_words())
+        return {"unseen": self.day.unseen_report(), "bad_rows": dict(self.day.dropped)}
 
 
 def run(args: argparse.Namespace, make_session: Callable[[argparse.Namespace], Session] = Session) -> dict:
@@ -322,26 +251,9 @@ def run(args: argparse.Namespace, make_session: Callable[[argparse.Namespace], S
         args.dataset = Path(runs.run_state(checkpoint.read_state(folder), folder).dataset)
     session = make_session(args)
     try:
-        return do(args, session)
+        return modes.do(session)
     finally:
         session.end()
-
-
-def do(args: argparse.Namespace, session: Session) -> dict:
-    """What --mode says."""
-    result = {"command": "train", "mode": args.mode, "dataset": str(args.dataset), "device": str(session.device)}
-    if args.mode == "train":
-        return {**result, **train(session)}
-    session.fill()
-    if args.mode == "test":
-        return {**result, "test": asdict(session.test("test"))}
-    modes = {"predict": predict, "inference_benchmark": inference_benchmark, "export": export}
-    with memory.explained(f"--mode {args.mode}", "lower --test_batch_size or --inference_benchmark_batch_sizes"):
-        return {**result, **modes[args.mode](session)}
-
-
-# What a user's data, settings, machine or signals may cause: a line of words, not a traceback.
-EXPECTED = (DataError, ConfigError, OSError, ModuleNotFoundError, StoppedError, KeyboardInterrupt)
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
@@ -355,13 +267,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and run; returns the exit status."""
     args = parse(flags.build_parser(__doc__), argv)
-    try:
-        print(json.dumps(jsonable(run(args)), allow_nan=False))
-    except EXPECTED as error:
-        status, words = explain(error)
-        say(words)
-        return status
-    return 0
+    return outcome.run(lambda: run(args), EXPECTED, args.debug)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 
 from bench import machine
 from bench.command import BenchError
+from common.jsonable import jsonable
 from gpu_etl import outcome
 from model.config import ConfigError
 
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         status, said = outcome.explain(error)
         outcome.say(said)
         return status
-    print(json.dumps({"bench": args.bench, **result, "machine": machine.describe()}))
+    print(json.dumps(jsonable({"bench": args.bench, **result, "machine": machine.describe()}), allow_nan=False))
     return 0
 
 

@@ -27,7 +27,7 @@ start = time.perf_counter()
 done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE, text=True)
 seconds = time.perf_counter() - start
 peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-print(json.dumps([done.returncode, done.stdout.rstrip().rpartition("\\n")[2], seconds, peak]))
+print(json.dumps([done.returncode, done.stdout.rstrip().rpartition("\\n")[2], seconds, peak], allow_nan=False))
 """
 
 

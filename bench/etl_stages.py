@@ -149,8 +149,8 @@ def _null_device(text: np.ndarray) -> ModuleType:
     module = ModuleType("null_device")
     vars(module).update({name: value for name, value in vars(cpu).items() if name[0] != "_"})
     vars(module).update(
-        Dictionaries=Dictionaries, find_rows=lambda text: None, parse=parse, group=group,
-        summarize=lambda *_: Summary(0, [0] * COLUMNS, 0), integers=lambda *_: None,
+        Dictionaries=Dictionaries, find_rows=lambda text: None, parse=parse, rows_end=lambda text, _: len(text),
+        group=group, summarize=lambda *_: Summary(0, [0] * COLUMNS, 0), integers=lambda *_: None,
     )  # fmt: skip
     return module
 

@@ -41,7 +41,7 @@ def main() -> None:
     args = parser.parse_args()
     records = encode(args.inputs)
     records.tofile(args.out)
-    print(json.dumps({"rows": len(records)}))
+    print(json.dumps({"rows": len(records)}, allow_nan=False))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
     if found:
         print(f"error: {one} and {other} differ in {', '.join(found)}", file=sys.stderr)
         return 1
-    print(json.dumps({"same_files": sum(1 for _ in one.iterdir())}))
+    print(json.dumps({"same_files": sum(1 for _ in one.iterdir())}, allow_nan=False))
     return 0
 
 

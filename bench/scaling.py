@@ -17,6 +17,7 @@ from bench.batches import make_batches
 from bench.command import BenchError
 from bench.machine import ROOT
 from bench.train_limits import matrix_operations
+from common.jsonable import jsonable
 from gpu_etl.load.batch import rank_range
 from model import placement
 from model.config import read_config
@@ -200,9 +201,9 @@ def rank_main(args: argparse.Namespace) -> None:
         "least": exchange_bytes(plan, job, ranks.rank), "gigabytes": rank_bytes(plan, job, ranks.rank) / 1e9,
     })  # fmt: skip
     if ranks.rank == 0:
-        print(json.dumps(_judge(found, job, plan, machine, plain)))
+        print(json.dumps(jsonable(_judge(found, job, plan, machine, plain)), allow_nan=False))
     ranks.everyone(None)
-    dist.destroy_process_group()
+    ranks.end()
 
 
 def _judge(found: list[dict], job: Job, plan, machine, plain: float | None) -> dict:
@@ -251,7 +252,8 @@ def measure(args: argparse.Namespace) -> dict:
         found["over_first_ms"] = {
             part: value - first["parts_ms"].get(part, 0.0) for part, value in found["parts_ms"].items()
         }
-        print(json.dumps(_rounded({k: v for k, v in found.items() if k != "machine"})), file=sys.stderr)
+        shown = {k: v for k, v in found.items() if k != "machine"}
+        print(json.dumps(jsonable(_rounded(shown)), allow_nan=False), file=sys.stderr)
     return {"model_config": args.model_config, "batch_size": args.batch_size, "threads": args.threads,
             "wire_dtype": args.wire_dtype, "measured": [_rounded(found) for found in measured]}  # fmt: skip
 

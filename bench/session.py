@@ -77,7 +77,7 @@ def run(step: Step, folder: Path, seconds: float) -> str | None:
         print("\n".join(log.read_text(errors="replace").splitlines()[-TAIL:]), flush=True)
         return failed
     part = result.with_suffix(".part")
-    part.write_text(json.dumps({"seconds": taken, "command": line[1:], "result": _last_line(printed)}))
+    part.write_text(json.dumps({"seconds": taken, "command": line[1:], "result": _last_line(printed)}, allow_nan=False))
     part.rename(result)
     printed.unlink()
     print(f"   ok, {taken:.0f} s", flush=True)
@@ -110,7 +110,7 @@ def run_stage(name: str, one: Session, force: bool) -> dict:
         "stage": name, "device": one.device, "rows": one.rows, "seconds": round(time.perf_counter() - start, 1),
         "failed": failed, "left": left, "machine": machine.describe(), "steps": found,
     }  # fmt: skip
-    (one.out / f"{name}.json").write_text(json.dumps(summary, indent=1))
+    (one.out / f"{name}.json").write_text(json.dumps(summary, indent=1, allow_nan=False))
     return summary
 
 
@@ -126,7 +126,7 @@ def main(argv: list[str]) -> int:
         ends = [f"{name} failed" for name in summary["failed"]] + [f"{name} left" for name in summary["left"]]
         print(f"{summary['stage']}: {summary['seconds']:.0f} s, {', '.join(ends) or 'all done'}")
     stages = {summary["stage"]: {key: summary[key] for key in ("seconds", "failed", "left")} for summary in done}
-    print(json.dumps({"out": str(one.out), "stages": stages}))
+    print(json.dumps({"out": str(one.out), "stages": stages}, allow_nan=False))
     return 1 if any(summary["failed"] or summary["left"] for summary in done) else 0
 
 

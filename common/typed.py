@@ -81,7 +81,7 @@ def read(kind: type[T], values: Any, where: str, error: type[Exception], version
     if version is not None and isinstance(values, dict) and values.get("version") != version:
         raise error(f"{where}: expected version {version}, got {values.get('version')}")
     try:
-        return _adapter(kind).validate_json(json.dumps(values))
+        return _adapter(kind).validate_json(json.dumps(values, allow_nan=False))
     except (TypeError, ValueError) as failed:
         if not isinstance(failed, ValidationError):  # YAML has dates and the like
             raise error(f"{where}: expected what JSON can hold: {failed}") from failed

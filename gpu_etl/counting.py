@@ -1,29 +1,28 @@
 """The count pass: parse every day, code and count its values, store coded rows; from where an earlier run stopped."""
 
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 from tqdm import tqdm
 
-from gpu_etl import faults, integrity, vocabulary
-from gpu_etl.errors import BadRowError
+from gpu_etl import integrity, vocabulary
+from gpu_etl.bad_rows import BadRows
 from gpu_etl.extract import Slab, Source, kind_of, read_day
 from gpu_etl.journal import Journal
 from gpu_etl.memory import Pool, Reused
 from gpu_etl.prefetch import OneBehind, side_by_side
-from gpu_etl.rows import FAULT_STRIDE
 from gpu_etl.sampling import dropped_rows
 from gpu_etl.schema import Preset
 from gpu_etl.shuffle import Buckets
 from gpu_etl.spill import KEYS, Spill, first_number
 from gpu_etl.tally import Tally
 
-SHOWN_BAD_ROWS = 5
 RECOUNT_ROWS = 1 << 15
 OF_STORE = ("day", "keys", "keys_crc", "sum")  # of a slab's event: not for its day's tally
 CODING = {"clamp": (0, 0), "plus2": (2, 0)}  # preset.dense -> shift, empty_value; "min" waits for the day's smallest
@@ -74,7 +73,7 @@ class CountPass:
     ):  # fmt: skip
         self._kernels, self._preset, self._seed = kernels, preset, seed
         self._sources = [source.fresh() for source in sources]
-        self._journal, self._bad_rows, self._max_bad_rows = journal, bad_rows, max_bad_rows
+        self._journal, self._bad_rows = journal, BadRows(bad_rows, max_bad_rows)
         self._workers, self.to_buckets, self._only, self._first_row = workers, to_buckets, only, first_row
         self.tallies = [Tally() for _ in sources]
         self.dictionary_bytes = 0
@@ -101,7 +100,7 @@ class CountPass:
         """Read, parse, code, count and store what is left; returns the counts of everything, by dictionary code."""
         dictionaries, rows_before = self._dictionaries(buckets), self.rows
         host_bytes = self._kernels.host_bytes
-        parsed, stored = Reused(), (Reused(host_bytes), Reused(host_bytes))
+        parsed, stored = Reused(), cycle((Reused(host_bytes), Reused(host_bytes)))
         left = [
             (source, day, tally.part, tally.end)
             for day, (source, tally) in enumerate(zip(self._sources, self.tallies, strict=True))
@@ -115,12 +114,12 @@ class CountPass:
             OneBehind(self._kernels.enter_thread) as storing,
         ):
             items = side_by_side(waiting, reading.at_once, reading.at_once, self._kernels.enter_thread)
-            for turn, item in enumerate(items):
+            for item in items:
                 if isinstance(item, _DayEnd):
-                    job = self._end_day(item.day)
+                    storing.submit(self._end_day(item.day))
                 else:
-                    job = self._take(item, dictionaries, buckets, parsed, stored[turn % 2], bar)
-                storing.submit(job)
+                    for job in self._jobs(item, dictionaries, buckets, parsed, stored, bar):
+                        storing.submit(job)
                 rate = (self.rows - rows_before) / max(bar.format_dict["elapsed"], 1e-3)
                 bar.set_postfix_str(f"{self.rows:,} rows, {rate:,.0f} rows/s", refresh=False)
                 done = sum(s.size if t.crc32 else s.read for s, t in zip(self._sources, self.tallies, strict=True))
@@ -129,6 +128,14 @@ class CountPass:
         dictionaries.close()
         self.dictionary_bytes = dictionaries.nbytes
         return dictionaries.counts()
+
+    def _jobs(
+        self, slab: Slab | None, dictionaries, buckets: Buckets, parsed: Reused, stored: Iterator[Reused], bar: tqdm
+    ) -> Iterator[Callable[[], None]]:
+        """What stores a slab: one job, but for a slab of more rows than good ones can be."""
+        while slab is not None:
+            yield self._take(slab, dictionaries, buckets, parsed, next(stored), bar)
+            slab = slab.rest(self._kernels)
 
     def _end_day(self, day: int) -> Callable[[], None]:
         crc32 = f"{self._sources[day].crc32:08x}"
@@ -237,19 +244,10 @@ class CountPass:
 
     def _drop_bad(self, slab: Slab, codes: np.ndarray, bar: tqdm) -> dict[str, int]:
         """Bad rows of the slab by reason. Raises BadRowError where there may be none, or not so many."""
-        bad = np.flatnonzero(codes)
-        before = sum(tally.bad_rows() for tally in self.tallies)
-        dropped: Counter = Counter(faults.REASONS[int(code)] for code in codes[bad] // FAULT_STRIDE)
-        for place, row in enumerate(bad.tolist()):
-            words = f"{self._where(slab, row)}: {slab.describe(row, codes[row])}"
-            if self._bad_rows == "error":
-                raise BadRowError(f"{words}. Mend the file, or leave such rows out with --bad-rows skip")
-            if before + place >= self._max_bad_rows:
-                limit = self._max_bad_rows
-                raise BadRowError(f"{words}. More than --max-bad-rows {limit} such rows; is this Criteo's format?")
-            if before + place < SHOWN_BAD_ROWS:
-                bar.write(f"left out: {words}", file=sys.stderr)
-        return dict(dropped)
+        return self._bad_rows.settle(
+            slab, codes, where=partial(self._where, slab),
+            before=sum(tally.bad_rows() for tally in self.tallies), say=partial(bar.write, file=sys.stderr),
+        )  # fmt: skip
 
     def _where(self, slab: Slab, row: int) -> str:
         """File and row, counted from 1, of row `row` of a slab that was not yet added to its day's tally."""

@@ -23,8 +23,8 @@ from gpu_etl.vocabulary import Lookup
 
 __all__ = [
     "Dictionaries", "Finisher", "encode", "enter_thread", "find_rows", "group", "host_bytes", "integers", "keep",
-    "keep_rows", "labels", "parse", "peak_device_bytes", "readers", "rows_of", "set_memory_limit", "set_threads",
-    "summarize", "synchronize", "upload",
+    "keep_rows", "labels", "parse", "peak_device_bytes", "readers", "rows_end", "rows_of", "set_memory_limit",
+    "set_threads", "summarize", "synchronize", "upload",
 ]  # fmt: skip
 
 SLAB_BYTES = 8 << 20  # of text: parsed, it stays in the L3 cache
@@ -78,7 +78,8 @@ def peak_device_bytes() -> int:
 
 @compiled
 def _newlines(words, text, first, ends):
-    """Write the positions of newlines in text into `ends`; returns how many there are, also where `ends` is too short.
+    """Write the positions of newlines in text into `ends`; returns how many there are, or any number above its length
+    where it is too short.
 
     words: text from `first` on as little-endian uint64, as far as it fills them. A byte of a word is 0 after the XOR
     where it was a newline; see Warren, Hacker's Delight, 6-1, for the test that a word has such a byte.
@@ -88,6 +89,8 @@ def _newlines(words, text, first, ends):
         word = words[i] ^ NEWLINES
         if (word - EIGHT_ONES) & ~word & EIGHT_HIGH_BITS:
             found = _newlines_within(text, first + 8 * i, first + 8 * i + 8, ends, found)
+            if found > len(ends):
+                return found
     return _newlines_within(text, first + 8 * len(words), len(text), ends, found)
 
 
@@ -102,17 +105,27 @@ def _newlines_within(text, begin, end, ends, found):
 
 
 def find_rows(text: np.ndarray) -> np.ndarray:
-    """Where the rows of a slab end: int64 [n], the position after each row's last byte. A last newline is optional."""
+    """Where the rows of a slab end: int64 [n], the position after each row's last byte. A last newline is optional.
+
+    Where there are more than rows.most_rows(), only so many: see rows_end.
+    """
     first = min(-text.ctypes.data % 8, len(text))  # words that are not aligned would be another type to Numba
     words = text[first : first + (len(text) - first) // 8 * 8].view(np.uint64)
     ends = np.empty(len(text) // SHORT_ROW + 1, np.int64)
     found = _newlines(words, text, first, ends)
     if found > len(ends):
-        ends = np.empty(found, np.int64)
-        _newlines(words, text, first, ends)
+        ends = np.empty(rows.most_rows(len(text)), np.int64)
+        found = _newlines(words, text, first, ends)
+    if found > len(ends):
+        return ends
     if len(text) and text[-1] != rows.NEWLINE:
         return np.append(ends[:found], len(text))
     return ends[:found]
+
+
+def rows_end(text: np.ndarray, ends: np.ndarray) -> int:
+    """Bytes of a slab of text that hold the rows that parse() gives; behind them are rows for another slab."""
+    return min(int(ends[-1]) + 1, len(text)) if len(ends) else 0
 
 
 @compiled_parallel

@@ -30,7 +30,7 @@ from gpu_etl.cuda_launch import (
     upload_array,
 )
 from gpu_etl.cuda_parquet import parquet_slabs
-from gpu_etl.cuda_rows import COUNTERS, MISSING, VALUES, Rows, Table, parse, parser, summarize_on_device
+from gpu_etl.cuda_rows import COUNTERS, MISSING, VALUES, Rows, Table, parse, parser, rows_end, summarize_on_device
 from gpu_etl.cuda_text import find_rows
 from gpu_etl.errors import DataError
 from gpu_etl.extract import Slab
@@ -39,8 +39,8 @@ from gpu_etl.tally import Summary
 
 __all__ = [
     "Dictionaries", "Finisher", "enter_thread", "find_rows", "group", "host_bytes", "integers", "keep", "keep_rows",
-    "labels", "parse", "peak_device_bytes", "readers", "require_gpu", "rows_of", "set_memory_limit", "set_threads",
-    "summarize", "synchronize", "upload",
+    "labels", "parse", "peak_device_bytes", "readers", "require_gpu", "rows_end", "rows_of", "set_memory_limit",
+    "set_threads", "summarize", "synchronize", "upload",
 ]  # fmt: skip
 
 SLAB_BYTES = 64 << 20  # of text: some milliseconds of copying, so that starting kernels costs little beside it

@@ -18,8 +18,9 @@ from gpu_etl.cuda_rows import parse
 from gpu_etl.cuda_text import DeviceText, text_rooms
 from gpu_etl.errors import DataError
 from gpu_etl.extract import Source, TextSlab, too_long
-from gpu_etl.memory import Pool
+from gpu_etl.memory import Pool, host_bytes
 from gpu_etl.rows import NEWLINE
+from gpu_etl.text import text_size
 
 PAGE = 4096  # reads that begin at a multiple of it go directly
 PIECE = 4096  # bytes of one thread's checksum
@@ -100,16 +101,30 @@ class DirectSlab:
 
     def parse(self, kernels, memory):
         """See extract.Slab."""
-        return parse(None, self.text, memory)
+        found = parse(None, self.text, memory)
+        self.end = self.begin + self.text.rows_end
+        return found
 
     def release(self) -> None:
         """Nothing to do: parse() has given the memory back."""
 
-    def describe(self, row: int, code: int) -> str:
+    def describe(self, rows, codes) -> list[str]:
         """See extract.Slab; the text is read again."""
-        begin = self.source.begin + self.begin
-        text = np.fromfile(self.source.path, np.uint8, self.end - self.begin, offset=begin)
-        return TextSlab(self.day, self.end, text, Pool()).describe(row, code)
+        return self._on_host(self.begin, self.end, host_bytes).describe(rows, codes)
+
+    def rest(self, kernels) -> TextSlab | None:
+        """See extract.Slab; the text is read again."""
+        begin, end = self.end, self.begin + self.text.size
+        if begin == end:
+            return None
+        slab = self._on_host(begin, end, kernels.host_bytes)
+        slab.prepare(kernels)
+        return slab
+
+    def _on_host(self, begin: int, end: int, allocate) -> TextSlab:
+        text = allocate(end - begin)
+        text[:] = np.fromfile(self.source.path, np.uint8, end - begin, offset=self.source.begin + begin)
+        return TextSlab(self.day, end, text, Pool(), self.part)
 
 
 class _File:
@@ -163,13 +178,15 @@ def direct_slabs(source: Source, day: int, slab_bytes: int, skip: int) -> Iterat
     try:
         for begin in range(0, skip, slab_bytes):  # read for the checksum
             text_rooms.give(file.read(begin, min(begin + slab_bytes, skip), whole=True).room)
-        begin = skip
-        while begin < source.size:
-            end = min(begin + slab_bytes, source.size)
-            text = file.read(begin, end, whole=end == source.size)
+        begin, size = skip, max(skip, text_size(source))
+        while begin < size:
+            end = min(begin + slab_bytes, size)
+            text = file.read(begin, end, whole=end == size)
             if not text.size:
                 raise too_long(source.path, slab_bytes)
             yield DirectSlab(day, begin, begin + text.size, source, text)
             begin += text.size
+        if size < source.size:  # blank lines at the end
+            text_rooms.give(file.read(size, source.size, whole=True).room)
     finally:
         file.close()

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numba import cuda
 
-from gpu_etl import rows
+from gpu_etl import parquet_limits, rows
 from gpu_etl.cuda_kernel import Kernel, blocks_for, kernel
 from gpu_etl.cuda_launch import Mark, Memory, budget, device_array, download, launch, stream
 from gpu_etl.cuda_rows import (
@@ -166,9 +166,13 @@ class DeviceSlab:
         """See extract.Slab. parse() has waited for its kernels: libcudf may use the columns' memory again."""
         self.fields = None
 
-    def describe(self, row: int, code: int) -> str:
-        """See extract.Slab; the row is read again."""
-        return describe_row(self.source, self.end - self.count + row, code)
+    def describe(self, rows, codes) -> list[str]:
+        """See extract.Slab; the rows are read again."""
+        first = self.end - self.count
+        return [describe_row(self.source, first + row, code) for row, code in zip(rows, codes, strict=True)]
+
+    def rest(self, kernels) -> None:
+        """None: all rows are parsed at once."""
 
 
 class _View:
@@ -257,6 +261,8 @@ def parquet_slabs(
     end, held = skip, 0
     if end == file.metadata.num_rows:
         return
+    for group in range(file.num_row_groups):  # libcudf holds the size of what it gives out, but not that of pages
+        parquet_limits.rows_at_a_time(file, source.path, group, names, 1)
     for fields, count, size in _decoded(source, max(slab_bytes, ROW_BYTES), skip, names):
         budget.take("Parquet columns", 2 * size - held)  # those being parsed, and the next ones
         held = 2 * size

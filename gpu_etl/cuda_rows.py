@@ -205,23 +205,25 @@ class _Parser:
         self._ends = Memory("slab", np.int64)
 
     def parse(self, text: DeviceText) -> tuple[Rows, np.ndarray]:
-        """The rows of a text, and their faults."""
+        """The rows of a text, and their faults; of more than rows.most_rows(), only so many: see rows_end."""
         text.room.arrived.hold("compute")
         blocks, open_ended = blocks_for(-(-text.size // CHUNK)), int(text.last != rows.NEWLINE)
         numbers, counts, bytes_ = self.numbers.begin(0), self._counts.take(blocks), text.bytes
         launch(_count_newlines, blocks, bytes_, text.size, counts)
         launch(scan, 1, counts, blocks, open_ended, numbers)  # ROWS comes first in them
-        room = max(text.size // ROW_BYTES + 1, self._ends.items)
+        room, most = max(text.size // ROW_BYTES + 1, self._ends.items), rows.most_rows(text.size)
         while True:
             found, bad, summary = self._attempt(text, bytes_, blocks, open_ended, room)
-            if found <= room:
+            if found <= room or room >= most:
                 break
-            room = found
+            room = min(found, most)
             launch(_begin, 1, found, numbers)
         text_rooms.give(text.room)
+        count = min(found, room)
+        text.rows_end = text.size if count == found else int(download(self._ends.array[count - 1 : count])[0]) + 1
         parsed = self.table.take(0)
-        parsed.count, parsed.summary = found, None if bad else summary
-        return parsed, download(self._faults.array[:found]) if bad else np.zeros(found, np.int32)
+        parsed.count, parsed.summary = count, None if bad else summary
+        return parsed, download(self._faults.array[:count]) if bad else np.zeros(count, np.int32)
 
     def _attempt(self, text: DeviceText, bytes_, blocks: int, open_ended: int, room: int) -> tuple[int, int, Summary]:
         """Parse the rows of a text for which there is room; returns all rows, those with faults, and the summary."""
@@ -249,3 +251,8 @@ def parse(text: np.ndarray | None, uploaded: DeviceText | None, memory: Reused |
         return parser.table.take(0), parser.table.take(0).missing, np.empty(0, np.int32)
     found, faults = parser.parse(uploaded)
     return found, found.missing, faults
+
+
+def rows_end(text: np.ndarray | None, uploaded: DeviceText | None) -> int:
+    """Bytes of a slab of text that hold the rows that parse() gave; behind them are rows for another slab."""
+    return uploaded.rows_end if uploaded else 0

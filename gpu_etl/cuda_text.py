@@ -56,12 +56,14 @@ text_rooms = TextRooms()
 
 @dataclass
 class DeviceText:
-    """Text on the device: its first `size` bytes are a slab's, from `begin` on; last: the last byte."""
+    """Text on the device: its first `size` bytes are a slab's, from `begin` on; last: the last byte. rows_end: how many
+    bytes hold the rows that were parsed, behind parse()."""
 
     room: TextRoom
     size: int
     last: int
     begin: int = 0
+    rows_end: int = 0
 
     @property
     def bytes(self):

@@ -1,7 +1,7 @@
 """Day files -> slabs of whole rows, in bounded memory; threads read and inflate ahead while earlier ones are parsed."""
 
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from types import MappingProxyType, ModuleType
@@ -9,12 +9,12 @@ from typing import Protocol
 
 import numpy as np
 
-from gpu_etl import codecs, crc, packages, part_files
+from gpu_etl import codecs, crc, kinds, packages, part_files
 from gpu_etl.errors import DataError
 from gpu_etl.memory import Pool, Reused
 from gpu_etl.prefetch import in_turn, nothing
 from gpu_etl.sources import check_read, check_unchanged, checksum, stamp_of
-from gpu_etl.text import NEWLINE, Source, TextSlab, read_plain, too_long
+from gpu_etl.text import BLANK_BYTES, NEWLINE, Source, TextSlab, blank_bytes, read_plain, too_long
 
 TAIL_BYTES = 1 << 16
 ZSTD_PIECE = 1 << 12
@@ -36,13 +36,17 @@ class Slab(Protocol):
         """Do what comes before parse() and can be done in a thread that reads ahead."""
 
     def parse(self, kernels: ModuleType, memory: Reused) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """values uint32 [n, 40], missing uint64 [n], faults int32 [n], as kernels.parse gives them."""
+        """values uint32 [n, 40], missing uint64 [n], faults int32 [n], as kernels.parse gives them. Where there are
+        more rows than good ones can be, those behind the first n are left to rest(), and `end` is where they begin."""
 
-    def describe(self, row: int, code: int) -> str:
-        """Words for the fault `code` of row `row` of this slab."""
+    def describe(self, rows: Sequence[int], codes: Sequence[int]) -> list[str]:
+        """Words for the faults `codes` of some rows, in ascending order; parse() comes first."""
 
     def release(self) -> None:
-        """Give back the slab's memory; nothing else may be asked of it any more."""
+        """Give back the slab's memory; nothing but rest() may be asked of it any more."""
+
+    def rest(self, kernels: ModuleType) -> "Slab | None":
+        """The rows that parse() left, prepared; None where it left none."""
 
 
 class ChecksummedFile(io.RawIOBase):
@@ -132,11 +136,14 @@ def _open_parts(folder: Path) -> Source:
 
 def _open_file(path: Path) -> Source:
     if not path.is_file():
-        found = "a folder" if path.is_dir() else "nothing"
-        raise DataError(f"{path}: expected a day file (text, gzip, zstd or Parquet), found {found}")
-    if kind_of(path) == "zstd":
+        raise DataError(f"{path}: expected a day file (text, gzip, zstd or Parquet), found {kinds.no_file(path)}")
+    if path.parts[:2] in kinds.OF_THIS_PROCESS:  # as /dev/stdin of `< day_0`: another file to another process
+        path = path.resolve(strict=True)
+    kind, stamp = kind_of(path), stamp_of(path)
+    if kind == "zstd":
         packages.require("zstandard", str(path), "unpack it first: `zstd -d`")
-    stamp = stamp_of(path)
+    if kind != "parquet" and stamp.size:
+        kinds.check(path, None if kind == "text" else kind)
     return Source(path, stamp.size, stamp=stamp)
 
 
@@ -172,7 +179,8 @@ def skip_bytes(stream, count: int) -> None:
 
 
 def _cut(stream, path: Path, day: int, slab_bytes: int, end: int, pool: Pool) -> Iterator[TextSlab]:
-    """Slabs of at most `slab_bytes`, each but the last ending with a newline; the rest of a row moves to the next.
+    """Slabs of at most `slab_bytes`, each but the last ending with a newline; the rest of a row moves to the next, and
+    so do blank lines, which are no rows at the end of the day.
 
     `end`: how many bytes of text came before.
     """
@@ -181,16 +189,17 @@ def _cut(stream, path: Path, day: int, slab_bytes: int, end: int, pool: Pool) ->
         buffer = pool.take(slab_bytes)
         buffer[: len(rest)] = rest
         filled = _fill(stream, buffer, len(rest))
+        last = filled - blank_bytes(buffer[max(0, filled - BLANK_BYTES) : filled].tobytes())
         if filled < slab_bytes:
-            if filled:
-                yield TextSlab(day, end + filled, buffer[:filled], pool)
+            if last:
+                yield TextSlab(day, end + last, buffer[:last], pool)
             return
-        newline = _last_newline(buffer)
-        if newline < 0:
+        last = min(last, _last_newline(buffer) + 1)
+        if not last:
             raise too_long(path, slab_bytes)
-        rest = buffer[newline + 1 :].copy()
-        end += newline + 1
-        yield TextSlab(day, end, buffer[: newline + 1], pool)
+        rest = buffer[last:].copy()
+        end += last
+        yield TextSlab(day, end, buffer[:last], pool)
 
 
 def _read_packed(source: Source, day: int, slab_bytes: int, skip: int, kind: str, pool: Pool) -> Iterator[TextSlab]:
@@ -200,6 +209,11 @@ def _read_packed(source: Source, day: int, slab_bytes: int, skip: int, kind: str
         text = codecs.read_gzip(stream) if kind == "gzip" else _ZstdFile(stream)
         skip_bytes(text, skip)
         yield from _cut(text, source.path, day, slab_bytes, skip, pool)
+    except OverflowError as error:  # of isal
+        raise DataError(
+            f"{source.path}: expected a gzip header of some bytes, found one of more than 512 KiB (name, comment or "
+            "extra field); pack it anew: `gunzip -c FILE | gzip -n > NEW`"
+        ) from error
     except codecs.ERRORS as error:
         raise DataError(f"{source.path}: damaged or cut-off {kind} file ({error}); fetch it again") from error
     finally:

@@ -5,10 +5,10 @@ from collections.abc import Callable
 from math import nan
 from pathlib import Path
 
-from gpu_etl import formats
+from gpu_etl import bad_rows, formats
 from gpu_etl.backend import DEVICES
 from gpu_etl.schema import DENSE_RULES, LAST_DAY_RULES, ORDERS, PRESETS, choose_preset
-from gpu_etl.settings import BAD_ROWS, MOST_DAYS, MOST_SLAB_BYTES, MOST_THREADS, SEEDS, Settings
+from gpu_etl.settings import MAX_TIMEOUT, MOST_DAYS, MOST_SLAB_BYTES, MOST_THREADS, SEEDS, Settings
 
 SHOWN = 40  # characters of a value
 
@@ -84,16 +84,24 @@ def _add_encode_flags(parser: argparse.ArgumentParser) -> None:
     add("--shuffle", action=argparse.BooleanOptionalAction, default=True,
         help="shuffle the training rows; --no-shuffle keeps file order (default: shuffle)")  # fmt: skip
     add("--seed", type=_whole(*SEEDS), default=default.seed, help="of the shuffle and of sampling (default: 0)")
-    add("--bad-rows", default=default.bad_rows, choices=BAD_ROWS,
+    add("--bad-rows", default=default.bad_rows, choices=bad_rows.RULES,
         help="stop at a bad row, or leave it out and count it (default: error)")  # fmt: skip
     add("--max-bad-rows", type=_whole(0, 2**63 - 1), default=default.max_bad_rows, metavar="N",
         help="with --bad-rows skip: more bad rows than that are an error (default: 1000)")  # fmt: skip
     add("--threads", type=_whole(0, MOST_THREADS), default=default.threads, metavar="N",
         help="CPU threads (default: all cores)")  # fmt: skip
-    add("--workers", type=int, default=default.workers, metavar="N",
+    add("--workers", type=_whole(0, MOST_THREADS), default=default.workers, metavar="N",
         help="spread the days over N processes of this machine, one GPU each with --device cuda")  # fmt: skip
     add("--scheduler", default="", metavar="tcp://HOST:PORT",
         help="spread the days over the workers of this Dask scheduler; all must see the same folders")  # fmt: skip
+    add("--security", default="", metavar="CA,CERT,KEY|FILE",
+        help="TLS for --scheduler tls://HOST:PORT or --workers: PEM files, or Dask's settings as YAML")  # fmt: skip
+    add("--worker-timeout", type=_number(0, MAX_TIMEOUT), default=default.worker_timeout, metavar="S",
+        help="end with an error where no worker comes, or no task ends and no worker at one is heard of, for S seconds "
+        "(default: 120)")  # fmt: skip
+    add("--dashboard-address", default="", metavar="HOST:PORT",
+        help="where Dask's dashboard listens with --workers; :PORT is all of this machine's addresses (default: "
+        "127.0.0.1 and a free port)")  # fmt: skip
     add("--slab-bytes", type=_whole(0, MOST_SLAB_BYTES), default=default.slab_bytes, metavar="N",
         help="text held at a time, a few times over; never changes the output (default: 8 MiB; GPU: 64)")  # fmt: skip
     add("--memory-limit", type=_size, default=0, metavar="SIZE",
@@ -186,6 +194,7 @@ def settings(args: argparse.Namespace) -> Settings:
         preset=choose_preset(args.preset, **{rule: getattr(args, rule) for rule in RULES}),
         days=args.days, fractions=args.fractions, shuffle=args.shuffle, seed=args.seed, form=args.format,
         bad_rows=args.bad_rows, max_bad_rows=args.max_bad_rows, device=args.device, threads=args.threads,
-        workers=args.workers, scheduler=args.scheduler, memory_limit=args.memory_limit,
+        workers=args.workers, scheduler=args.scheduler, security=args.security, worker_timeout=args.worker_timeout,
+        dashboard_address=args.dashboard_address, memory_limit=args.memory_limit,
         slab_bytes=args.slab_bytes, keep_on_device=args.keep_on_device,
     )  # fmt: skip

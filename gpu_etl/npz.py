@@ -26,17 +26,32 @@ _DAMAGED = (
 )  # fmt: skip
 
 
+MOST_HEADER_BYTES = 1 << 12  # numpy's own for an array of two dimensions are 128
+SHOWN = 120
+READERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+    (3, 0): np.lib.format.read_array_header_2_0,  # as 2, in UTF-8
+}
+
+
 def read_header(file: BinaryIO, where: str) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, whether it is stored column after column, and dtype by the header that begins a .npy file; the file's
-    place is behind it then. Raises DataError, naming `where`, where there is none."""
+    place is behind it then. Raises DataError, naming `where`, where there is none, or one longer than that of an array
+    of numbers can be."""
+    start = file.read(12)
+    version = tuple(start[6:8])
+    if start[:6] != b"\x93NUMPY" or version not in READERS:
+        raise DataError(f"{where}: expected a .npy file of version 1 to 3, got one that begins with {start[:8]!r}")
+    length = int.from_bytes(start[8:10] if version == (1, 0) else start[8:12], "little")
+    if length > MOST_HEADER_BYTES:
+        raise DataError(f"{where}: expected a header of at most {MOST_HEADER_BYTES} bytes, got {length:,} by itself")
+    file.seek(8)
     try:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(file)
+        return READERS[version](file)
     except _NO_HEADER as error:
-        words = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(f"{where}: expected a .npy file: {words}") from error
-    return shape, fortran, dtype
+        words = " ".join(str(error).split())[:SHOWN] or type(error).__name__
+        raise DataError(f"{where}: expected the header of a .npy file: {words}") from error
 
 
 class Reader:

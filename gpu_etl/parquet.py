@@ -1,15 +1,16 @@
 """Parquet day files -> slabs: the same values, missing fields and faults as the text form of the same rows."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gpu_etl import columns, rows
+from gpu_etl import columns, parquet_limits, rows
 from gpu_etl.errors import DataError
 from gpu_etl.extract import ChecksummedFile, Slab, Source, skip_bytes
 from gpu_etl.faults import EXPECTED, SHOWN
@@ -18,6 +19,7 @@ from gpu_etl.memory import Reused
 from gpu_etl.schema import COLUMN_NAMES, COLUMNS, FIRST_SPARSE
 
 ROW_BYTES = 256  # what a row takes as text, so that a slab of either form holds about as many rows
+DESCRIBED_ROWS = 1 << 12  # read at a time on the way to a row that is described
 READ_BYTES = 1 << 16  # of a column at a time; without it a whole row group is read at once
 INT32_MIN = -rows.INT32_MAX - 1
 
@@ -142,8 +144,14 @@ class ParquetSlab:
                 faults[new] = kinds[new].astype(np.int32) * rows.FAULT_STRIDE + column
         return *kernels.upload(values, missing), faults
 
-    def describe(self, row: int, code: int) -> str:
-        """Words for the fault `code` of row `row` of this slab."""
+    def rest(self, kernels: ModuleType) -> None:
+        """None: all rows are parsed at once."""
+
+    def describe(self, rows_: Sequence[int], codes: Sequence[int]) -> list[str]:
+        """See extract.Slab."""
+        return [self._describe(row, code) for row, code in zip(rows_, codes, strict=True)]
+
+    def _describe(self, row: int, code: int) -> str:
         kind, column = divmod(int(code), rows.FAULT_STRIDE)
         field = self._column(column)[row]
         is_text = hasattr(field, "as_buffer") and field.is_valid
@@ -183,7 +191,7 @@ def _check(schema: pa.Schema, names: list[str], source: Source) -> None:
 
 
 def _batches(
-    file: pq.ParquetFile, batch_rows: int, skip: int, names: list[str]
+    file: pq.ParquetFile, path: Path, batch_rows: int, skip: int, names: list[str]
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
     """(end, batch) of the rows behind the first `skip`; row groups before them are not read, nor columns without a
     name in `names`, whose order is that of the batch."""
@@ -192,12 +200,13 @@ def _batches(
     ends = np.cumsum([0] + [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)])
     first = int(np.searchsorted(ends[1:], skip, side="right"))
     end = int(ends[first])
-    row_groups = range(first, file.num_row_groups)
-    for batch in file.iter_batches(batch_rows, row_groups=row_groups, columns=None if in_place else wanted):
-        end += len(batch)
-        if end > skip:
-            behind = batch.slice(max(0, len(batch) - (end - skip)))
-            yield end, behind if in_place else behind.select(wanted)
+    for group in range(first, file.num_row_groups):
+        fits = parquet_limits.rows_at_a_time(file, path, group, wanted, batch_rows)
+        for batch in file.iter_batches(fits, row_groups=[group], columns=None if in_place else wanted):
+            end += len(batch)
+            if end > skip:
+                behind = batch.slice(max(0, len(batch) - (end - skip)))
+                yield end, behind if in_place else behind.select(wanted)
     if not end == ends[-1] == file.metadata.num_rows:
         raise pa.ArrowInvalid(f"{file.metadata.num_rows} rows by its footer, {ends[-1]} by its row groups, read {end}")
 
@@ -206,7 +215,7 @@ def arrow_slabs(
     file: pq.ParquetFile, source: Source, day: int, slab_bytes: int, skip: int, names: list[str]
 ) -> Iterator[ParquetSlab]:
     """Slabs of about slab_bytes / 256 rows, decoded by Arrow."""
-    for end, batch in _batches(file, max(1, slab_bytes // ROW_BYTES), skip, names):
+    for end, batch in _batches(file, source.path, max(1, slab_bytes // ROW_BYTES), skip, names):
         yield ParquetSlab(day, end, batch)
 
 
@@ -229,15 +238,18 @@ def read_parquet(
         ):
             names = columns.resolve(file.schema_arrow.names, str(source.path), label_optional)
             _check(file.schema_arrow, names, source)
+            parquet_limits.check_rows(file, source.path, source.size)
             for slab in decoded(file, source, day, slab_bytes, skip, names):
                 skip_bytes(stored, source.size * slab.end // file.metadata.num_rows - source.read)
                 yield slab
             skip_bytes(stored, source.size - source.read)
+    except MemoryError as error:  # of Arrow, too
+        raise DataError(f"{source.path}: too little memory to decode it ({error}); {parquet_limits.REMEDY}") from error
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # the last from damaged names of columns
         raise DataError(f"{source.path}: damaged or cut-off Parquet file ({error}); fetch it again") from error
 
 
 def describe_row(source: Source, row: int, code: int) -> str:
     """Words for the fault `code` of row `row` of a Parquet file."""
-    with closing(read_parquet(Source(source.path, source.size), 0, ROW_BYTES, row)) as slabs:
-        return next(slabs).describe(0, code)
+    with closing(read_parquet(Source(source.path, source.size), 0, DESCRIBED_ROWS * ROW_BYTES, row)) as slabs:
+        return next(slabs).describe([0], [code])[0]

@@ -20,6 +20,8 @@ ZERO = 48
 INT32_MAX = 2**31 - 1
 UINT32_MASK = 0xFFFFFFFF
 HEX_DIGITS = 8
+LEAST_ROW_BYTES = COLUMNS + 1  # of a row that can be parsed: a label, 39 tabs and a newline
+LEAST_ROWS = 1 << 12  # that there is always room for
 ONES = 0x0101010101010101
 INFINITY = np.inf
 HIGH_NIBBLES = -0x0F0F0F0F0F0F0F10  # 0xF0 in each byte, as a signed number
@@ -31,6 +33,12 @@ FAULT_LABEL = 2
 FAULT_INTEGER = 3
 FAULT_RANGE = 4
 FAULT_HEX = 5
+
+
+def most_rows(size: int) -> int:
+    """How many rows of `size` bytes of text are parsed at a time: no fewer than can be good. So rows of nothing, 8 M in
+    a slab of 8 MiB, take no more memory than such rows do."""
+    return max(size // LEAST_ROW_BYTES, LEAST_ROWS) + 1
 
 
 @scalar

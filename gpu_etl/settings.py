@@ -3,15 +3,16 @@
 from dataclasses import asdict, dataclass
 
 from gpu_etl import formats, packages
+from gpu_etl.bad_rows import BadRows
 from gpu_etl.errors import DataError
 from gpu_etl.schema import PRESETS, Preset
 
 MIN_SLAB_BYTES = 1 << 10
+MAX_TIMEOUT = 1_000_000  # seconds
 MOST_SLAB_BYTES = 1 << 40
 MOST_THREADS = 1024
 MOST_DAYS = 10_000
 SEEDS = -(2**63), 2**64 - 1
-BAD_ROWS = ("error", "skip")
 
 
 def without_bad_rows(shaping: dict) -> dict:
@@ -22,12 +23,14 @@ def without_bad_rows(shaping: dict) -> dict:
 @dataclass(frozen=True)
 class Settings:
     """Everything that shapes the encoded bytes, and what does not: device, threads, workers, scheduler, slab_bytes,
-    memory_limit, keep_on_device, max_bad_rows.
+    memory_limit, keep_on_device, max_bad_rows, dashboard_address, security, worker_timeout.
 
     days: cut the one input file into so many days; 0: every file is a day. fractions: shares of all rows that train,
     test and validate, in file order, instead of halving the last day. form: one of formats.FORMS. bad_rows: "error" or
     "skip", up to max_bad_rows. threads: of the CPU, 0 for all cores. workers, scheduler: spread the days over so many
-    processes of this machine, or over those of a Dask scheduler (see cluster.py). slab_bytes: of text held at
+    processes of this machine, or over those of a Dask scheduler (see cluster.py). dashboard_address: of the former,
+    "" for a free port of 127.0.0.1; security: TLS of either (see cluster_start.py); worker_timeout: seconds in which a
+    worker must come, and be heard of where no task ends. slab_bytes: of text held at
     a time, 0 for what suits the device. memory_limit: bytes of device memory, 0 for no limit. keep_on_device: with
     "cuda", leave coded rows there between the passes where they fit.
     """
@@ -44,6 +47,9 @@ class Settings:
     threads: int = 0
     workers: int = 0
     scheduler: str = ""
+    dashboard_address: str = ""
+    security: str = ""
+    worker_timeout: float = 120.0
     slab_bytes: int = 0
     memory_limit: int = 0
     keep_on_device: bool = True
@@ -62,6 +68,7 @@ class Settings:
             raise DataError(f"--seed: expected {SEEDS[0]} to {SEEDS[1]}, got {self.seed}")
         if self.on_cluster:
             packages.require("distributed", "--workers, --scheduler")
+        self._check_cluster()
         if self.on_cluster and (self.days or self.fractions):
             raise DataError(
                 "--workers and --scheduler give each day file to one worker: not with --days or --fractions, where all "
@@ -69,8 +76,7 @@ class Settings:
             )
         if self.form not in formats.FORMS:
             raise DataError(f"--format: expected one of {', '.join(formats.FORMS)}, got {self.form!r}")
-        if self.bad_rows not in BAD_ROWS or self.max_bad_rows < 0:
-            raise DataError(f"--bad-rows: expected {' or '.join(BAD_ROWS)}, with --max-bad-rows 0 or more")
+        BadRows(self.bad_rows, self.max_bad_rows).check()
         if self.days and (not 2 <= self.days <= MOST_DAYS or inputs != 1):
             raise DataError(
                 f"--days {self.days} with {inputs} input files: expected one file to cut into 2 to {MOST_DAYS} days"
@@ -85,6 +91,14 @@ class Settings:
                 f"--days with --sample {self.preset.sample} --sample-last {self.preset.sample_last}: where the last "
                 "day of one file begins is not known before it was read; give both the same value"
             )
+
+    def _check_cluster(self) -> None:
+        if self.dashboard_address and (self.scheduler or not self.workers):
+            raise DataError("--dashboard-address: goes with --workers; a scheduler of --scheduler has its own")
+        if self.security and not self.on_cluster:
+            raise DataError("--security: goes with --scheduler or --workers")
+        if not 0 < self.worker_timeout <= MAX_TIMEOUT:
+            raise DataError(f"--worker-timeout: expected 0 to {MAX_TIMEOUT} seconds, got {self.worker_timeout}")
 
     @property
     def on_cluster(self) -> bool:

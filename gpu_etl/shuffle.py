@@ -18,10 +18,10 @@ from gpu_etl.jit import compiled, compiled_parallel
 from gpu_etl.memory import Reused
 from gpu_etl.prefetch import ALONE, nothing, prefetch
 from gpu_etl.schema import COLUMNS
-from gpu_etl.spill import DAY_SHIFT, NUMBERED, append
+from gpu_etl.spill import DAY_SHIFT, NUMBERED, Appended
 
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-MAX_BUCKETS = 512  # open files; beyond this, buckets grow instead
+MAX_BUCKETS = 512  # files of a work folder; beyond this, buckets grow instead
 TAIL_ROWS = 1 << 12
 READ_BYTES = 1 << 20  # of a bucket, at least, by one reader
 NUMBER_WORDS = 2  # a numbered row as 32-bit words: the number, low half first, then the row
@@ -134,7 +134,7 @@ class Buckets:
         self.paths = [folder / f"bucket_{b}" for b in range(count)]
         self.sums = np.zeros(count, np.uint64)
         if kept is None:
-            self._files = []
+            self._files = Appended([])
             return
         left = sum(_cut_back(path, np.array(kept) + first_row) for path in self.paths)
         if count and left != sum(kept):
@@ -142,7 +142,7 @@ class Buckets:
                 f"{folder}: expected {sum(kept)} rows in shuffle buckets, found {left}: not what that run's journal "
                 "says (did the machine stop?)"
             )
-        self._files = [open(path, "ab", buffering=0) for path in self.paths]  # noqa: SIM115 - closed in close()
+        self._files = Appended(self.paths)
 
     def add(self, numbered: np.ndarray, ends: np.ndarray) -> None:
         """Take what group() made. It is with the kernel on return."""
@@ -153,9 +153,9 @@ class Buckets:
 
         def write(first: int, last: int) -> None:
             places = begins[first:last].tolist(), ends[first:last].tolist()
-            for file, begin, end in zip(self._files[first:last], *places, strict=True):
+            for bucket, begin, end in zip(range(first, last), *places, strict=True):
                 if begin < end:
-                    append(file, numbered[begin:end])
+                    self._files.append(bucket, numbered[begin:end])
 
         crew.run([partial(write, *buckets) for buckets in ranges if buckets[0] < buckets[1]])
 
@@ -192,8 +192,7 @@ class Buckets:
 
     def close(self) -> None:
         """Close the bucket files."""
-        for file in self._files:
-            file.close()
+        self._files.close()
 
 
 def _read_at(descriptor: int, view: memoryview, begin: int) -> None:

@@ -6,6 +6,9 @@ depend on how far other days were read.
 """
 
 import os
+import resource
+import threading
+import weakref
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,6 +22,8 @@ DAY_SHIFT = 40
 NUMBERED = np.dtype([("row", "<i8"), ("coded", RECORD_DTYPE, (COLUMNS,))])
 KEY = np.dtype("<i8")  # column << 32 | value
 KEYS = "keys"
+MAX_OPEN = 256  # files that the process keeps open for appending
+LIMIT_SHARE = 4  # of the descriptors that it may have, MAX_OPEN is no more than a quarter
 
 
 def first_number(day: int) -> int:
@@ -42,8 +47,59 @@ def append(file: BinaryIO, array: np.ndarray) -> None:
         view = view[file.write(view) :]
 
 
-def open_cut(path: Path, size: int) -> BinaryIO:
-    """Open a file for append() behind its first `size` bytes; the others go. WorkDamagedError where it is shorter."""
+_descriptors_lock = threading.Lock()
+_descriptors_taken = 0
+
+
+def _take_descriptors(count: int) -> int:
+    """How many of so many files may be kept open now: the tasks of a worker's threads share what the process has."""
+    global _descriptors_taken
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_OPEN if limit == resource.RLIM_INFINITY else min(MAX_OPEN, limit // LIMIT_SHARE)
+    with _descriptors_lock:
+        taken = max(0, min(count, most - _descriptors_taken))
+        _descriptors_taken += taken
+    return taken
+
+
+def _give_descriptors(count: int) -> None:
+    global _descriptors_taken
+    with _descriptors_lock:
+        _descriptors_taken -= count
+
+
+class Appended:
+    """Files that exist, for append(), however many there are: as many as may be are kept open, each of the others is
+    opened anew every time. Threads may append to different ones at a time."""
+
+    def __init__(self, paths: list[Path]):
+        self._paths = paths
+        count = _take_descriptors(len(paths))
+        self._give = weakref.finalize(self, _give_descriptors, count)
+        self._files = [_open(path) for path in paths[:count]]
+
+    def append(self, place: int, array: np.ndarray) -> None:
+        """append() to the file at this place in the list."""
+        if place < len(self._files):
+            append(self._files[place], array)
+            return
+        with _open(self._paths[place]) as file:
+            append(file, array)
+
+    def close(self) -> None:
+        """Close what is open; nothing is appended any more."""
+        for file in self._files:
+            file.close()
+        self._give()
+
+
+def _open(path: Path) -> BinaryIO:
+    """Open a file that exists for append()."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC), "ab", buffering=0)
+
+
+def cut(path: Path, size: int) -> Path:
+    """Leave the first `size` bytes of a file, for append(); returns its path. WorkDamagedError where it is shorter."""
     path.touch()
     found = path.stat().st_size
     if found < size:
@@ -52,7 +108,12 @@ def open_cut(path: Path, size: int) -> BinaryIO:
             "machine stop?)"
         )
     os.truncate(path, size)
-    return open(path, "ab", buffering=0)
+    return path
+
+
+def open_cut(path: Path, size: int) -> BinaryIO:
+    """Open what cut() left for append()."""
+    return _open(cut(path, size))
 
 
 class Spill:
@@ -64,13 +125,13 @@ class Spill:
 
     def __init__(self, folder: Path, kept: list[int], keys: int):
         self.folder = folder
-        self._files = [open_cut(folder / f"rows_{day}", rows * RECORD_BYTES) for day, rows in enumerate(kept)]
-        self._key_file = open_cut(folder / KEYS, keys * KEY.itemsize)
+        rows = [cut(folder / f"rows_{day}", rows * RECORD_BYTES) for day, rows in enumerate(kept)]
+        self._files = Appended([cut(folder / KEYS, keys * KEY.itemsize), *rows])
         self.keys_crc = crc32(np.fromfile(folder / KEYS, np.uint8))
 
     def add(self, day: int, coded: np.ndarray) -> None:
         """Append rows int32 [n, 40], C-contiguous, of a day. They are with the kernel on return."""
-        append(self._files[day], coded)
+        self._files.append(1 + day, coded)
 
     def read(self, day: int, begin: int, end: int) -> np.ndarray:
         """Rows begin to end of a day, int32 [n, 40]."""
@@ -87,7 +148,7 @@ class Spill:
         """Append 26 arrays of new keys; returns how many they were together."""
         columns = np.repeat(np.arange(SPARSE, dtype=KEY), [len(column) for column in keys])
         stored = columns << 32 | np.concatenate(keys)
-        append(self._key_file, stored)
+        self._files.append(0, stored)
         self.keys_crc = crc32(stored, self.keys_crc)
         return len(columns)
 
@@ -103,5 +164,4 @@ class Spill:
 
     def close(self) -> None:
         """End writing; reading goes on."""
-        for file in (*self._files, self._key_file):
-            file.close()
+        self._files.close()

@@ -6,10 +6,11 @@ Slabs come in the order of the file, whoever read them first.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -27,6 +28,7 @@ NEWLINE = 10
 PIECE_BYTES = 1 << 18  # read at a time, and summed up while in the cache
 TAIL_BYTES = 1 << 16  # room of a slab behind its share, for the end of the last row
 STEP_BYTES = 1 << 12
+BLANK_BYTES = 1 << 9  # at the end of a day that may be blank lines, which are no rows then
 
 
 @dataclass
@@ -55,14 +57,17 @@ class Source:
 
 @dataclass
 class TextSlab:
-    """A slab of text, uint8 [bytes]; its memory belongs to the pool."""
+    """A slab of text, uint8 [bytes]; its memory belongs to the pool. labelled: see faults.describe."""
+
+    labelled = True
 
     day: int
     end: int
     text: np.ndarray
     pool: Pool
     part: int = 0
-    _ends: np.ndarray | None = None
+    _ends: np.ndarray | None = field(default=None, init=False)
+    _left: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint8), init=False)
 
     def prepare(self, kernels: ModuleType) -> None:
         """Find the rows."""
@@ -70,17 +75,47 @@ class TextSlab:
 
     def parse(self, kernels: ModuleType, memory: Reused) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """See extract.Slab."""
-        return kernels.parse(self.text, self._ends, memory)
+        found = kernels.parse(self.text, self._ends, memory)
+        self._left = self.text[kernels.rows_end(self.text, self._ends) :]
+        self.end -= len(self._left)
+        return found
 
     def release(self) -> None:
         """See extract.Slab."""
-        self.pool.give(self.text.base)
+        if not len(self._left):
+            self.pool.give(self.text.base)
 
-    def describe(self, row: int, code: int) -> str:
-        """See extract.Slab; parse comes first."""
-        ends = np.append(np.flatnonzero(self.text == NEWLINE), len(self.text))
-        begin = int(ends[row - 1]) + 1 if row else 0
-        return faults.describe(self.text, begin, int(ends[row]), code)
+    def rest(self, kernels: ModuleType) -> "TextSlab | None":
+        """See extract.Slab."""
+        if not len(self._left):
+            return None
+        slab = replace(self, end=self.end + len(self._left), text=self._left)
+        slab.prepare(kernels)
+        return slab
+
+    def describe(self, rows: Sequence[int], codes: Sequence[int]) -> list[str]:
+        """See extract.Slab."""
+        return [
+            faults.describe(self.text, begin, end, code, self.labelled)
+            for (begin, end), code in zip(faults.places(self.text, rows), codes, strict=True)
+        ]
+
+
+def blank_bytes(tail: bytes) -> int:
+    """How many of the last bytes of a text are blank lines, given its last BLANK_BYTES, or all of it if it has less."""
+    if len(tail) < BLANK_BYTES and not tail.strip(b"\r\n"):
+        return len(tail)
+    newline = tail.find(b"\n", len(tail.rstrip(b"\r\n")))
+    return len(tail) - newline - 1 if newline >= 0 else 0
+
+
+def text_size(source: Source) -> int:
+    """Bytes of a source of plain text without the blank lines at the end of its file."""
+    with open(source.path, "rb") as file:
+        if source.begin + source.size < file.seek(0, os.SEEK_END):
+            return source.size
+        file.seek(max(source.begin, source.begin + source.size - BLANK_BYTES))
+        return source.size - blank_bytes(file.read(min(BLANK_BYTES, source.size)))
 
 
 def too_long(path: Path, slab_bytes: int) -> DataError:
@@ -105,15 +140,16 @@ class _PlainText:
     def __init__(self, source: Source, day: int, slab_bytes: int, skip: int, pool: Pool):
         self._source, self._day, self._slab_bytes, self._skip, self._pool = source, day, slab_bytes, skip, pool
         self._share = slab_bytes - min(TAIL_BYTES, slab_bytes // 2)
-        self._file = os.open(source.path, os.O_RDONLY)
+        self._file, self._end = os.open(source.path, os.O_RDONLY), max(skip, text_size(source))
 
     def close(self) -> None:
         """Close the file."""
         os.close(self._file)
 
     def shares(self, prepare: Callable[[TextSlab], None]) -> Iterator[Callable[[], _Share]]:
-        """What reads each share, in order; those of the first `skip` bytes only for the checksum."""
-        for first, last, call in ((0, self._skip, self._sum), (self._skip, self._source.size, self._slab)):
+        """What reads each share, in order; the first `skip` bytes and blank lines at the end only for the checksum."""
+        ends = 0, self._skip, self._end, self._source.size
+        for (first, last), call in zip(pairwise(ends), (self._sum, self._slab, self._sum), strict=True):
             for begin in range(first, last, self._share):
                 yield partial(call, begin, min(begin + self._share, last), prepare)
 
@@ -160,7 +196,7 @@ class _PlainText:
     def _to_row_end(self, buffer: np.ndarray, first: int, begin: int, size: int) -> tuple[np.ndarray, int]:
         """Read on to where the last row of buffer[first:size] ends; returns the buffer, or a larger one in its place,
         and the place behind that row's newline. buffer[0] is byte `begin` of the source."""
-        left, last = self._source.size - begin, size
+        left, last = self._end - begin, size
         while buffer[last - 1] != NEWLINE and last < left:
             if last == len(buffer):
                 row = _behind_last_newline(buffer[first:size]) + first

@@ -27,7 +27,7 @@ ASSUMED_ROW_BYTES = {".gz": 80, ".zst": 70, ".parquet": 60}  # of such a file, t
 ASSUMED_TEXT_ROW_BYTES = 220
 _OURS = re.compile(
     r"(job\.json|journal\.jsonl|parts\.json|keys|rows_\d+|bucket_\d+|vocabulary\.npz|ids\.npz|"
-    r"counts\.npz|merged_\d+_\d+\.npz)(\.\d+)?(\.part(\.npz)?)?"
+    r"counts\.npz|merged_\d+_\d+\.npz|check)(\.\d+)?(\.part(\.npz)?)?"
 )
 _PART = re.compile(r"part_\d+")
 _SPLIT_FILES = {name for form in formats.FORMS for name in formats.expected_files(form)}

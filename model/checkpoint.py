@@ -13,6 +13,7 @@ of ranks reads what any other wrote, a process alone included.
 Tables load into a model whose tables are of another type: exactly into a wider one, rounded to nearest into a narrower.
 """
 
+import os
 import re
 import shutil
 from dataclasses import asdict, dataclass, replace
@@ -105,8 +106,7 @@ def write(folder: Path, what: Content, ranks=None) -> None:
         if not temporary.is_dir():
             raise OSError(f"{temporary}: made by rank 0, not seen by rank {rank}: expected a folder that all share")
         for name, tensors in what.files.items():
-            save_file(tensors, temporary / name)
-            atomic.to_disk(temporary / name)
+            _save_tensors(tensors, temporary / name)
         return {name: _describe(temporary / name) for name in what.files}
 
     def finish() -> None:
@@ -120,6 +120,15 @@ def write(folder: Path, what: Content, ranks=None) -> None:
     finally:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """A safetensors file on the disk, readable by whoever may read other new files: safetensors' own is the owner's."""
+    with open(path, "xb") as file:
+        mode = os.fstat(file.fileno()).st_mode
+    save_file(tensors, path)
+    path.chmod(mode & 0o777)
+    atomic.to_disk(path)
 
 
 def _together(ranks, folder: Path, action) -> list:

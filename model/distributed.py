@@ -162,7 +162,7 @@ class RankKeeper(Keeper):
     said after a step hold after the next one, so that nobody waits for them."""
 
     def __init__(self, ranks: Ranks, *settings):
-        super().__init__(*settings, ranks=replace(ranks, control=ranks.saving))
+        super().__init__(*settings, ranks=replace(ranks, words="saving"))
         self._control, self._words, self._work = ranks, torch.zeros(2, dtype=torch.int32), None
         self._agreed: Signals | None = None
 

@@ -1,92 +1,28 @@
 """Flags of the training scripts: those of MLPerf v0.7 and DeepSparkHub with their defaults, and a few more."""
 
 import argparse
-import shlex
-import sys
 from pathlib import Path
 
 import torch
 
 from model.config import names
 from model.embedding import PLACEMENTS
+from model.numbers import MOST_THREADS, number, whole
 from model.optimizers import NAMES
+from model.parser import Boolean, Parser
 
 RECIPES = Path(__file__).parent / "recipes"
 MODES = ("train", "test", "predict", "inference_benchmark", "export")
 TABLE_TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TRUE, FALSE = ("true", "t", "1", "yes"), ("false", "f", "0", "no")
-
-
-class Boolean(argparse.Action):
-    """--flag, --noflag, --no-flag, --flag=true, --flag=false: as absl flags are written, and as argparse's are."""
-
-    def __init__(self, option_strings, dest, **kwargs):
-        negated = [f"--{prefix}{option[2:]}" for option in option_strings for prefix in ("no", "no-")]
-        self._negated = negated
-        super().__init__([*option_strings, *negated], dest, nargs="?", metavar="BOOL", **kwargs)
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        word = "true" if values is None else str(values).lower()
-        if word not in TRUE + FALSE or (values is not None and option_string in self._negated):
-            parser.error(f"{option_string}: expected true or false, got {values!r}")
-        setattr(namespace, self.dest, (word in TRUE) != (option_string in self._negated))
-
-
-def _count(least: int):
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least:
-            raise argparse.ArgumentTypeError(f"expected a whole number, {least} or more, got {text!r}")
-        return value
-
-    return parse
-
-
-def _length(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 2**63:
-        raise argparse.ArgumentTypeError(f"expected a number, 0 or more, got {text!r}")
-    return value
-
-
-class _Parser(argparse.ArgumentParser):
-    """Takes flags from files too, named as @FILE: any number a line, comments behind #. A name alone is that of a file
-    in model/recipes."""
-
-    def convert_arg_line_to_args(self, arg_line: str) -> list[str]:
-        try:
-            return shlex.split(arg_line, comments=True)
-        except ValueError as error:
-            self.error(f"in a file of flags, the line {arg_line!r}: {error}")
-
-    def _read_args_from_files(self, arg_strings):
-        try:
-            return super()._read_args_from_files(arg_strings)
-        except RecursionError:
-            self.error(f"{' '.join(arg_strings)[:200]}: a file of flags that takes itself in")
-        except UnicodeDecodeError as error:
-            self.error(f"{' '.join(arg_strings)[:200]}: a file of flags is no text: {error}")
-
-    def parse_args(self, args=None, namespace=None):
-        words = sys.argv[1:] if args is None else list(args)
-        return super().parse_args([_recipe(word) if word.startswith("@") else word for word in words], namespace)
-
-
-def _recipe(word: str) -> str:
-    path = RECIPES / f"{word[1:]}.flags"
-    return f"@{path}" if path.is_file() and not Path(word[1:]).exists() else word
+FLOAT32 = 3.4e38  # the largest
+POSITIVE = number(most=FLOAT32, above=True)
+LONGEST = 2.0**53  # of what counts steps or samples: beyond it, not every whole number is a float
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
     """The parser of all flags; `description` is shown above them."""
-    parser = _Parser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, fromfile_prefix_chars="@",
+    parser = Parser(
+        RECIPES, description=description,
         epilog="@FILE takes flags from a file; these come along: @"
         + ", @".join(sorted(path.stem for path in RECIPES.glob("*.flags"))),
     )  # fmt: skip
@@ -121,34 +57,41 @@ def _add_data_flags(group) -> None:
         help="device: keep whole splits in the memory of the device that trains, 160 B a row (default: none)",
     )  # fmt: skip
     group.add_argument(
-        "--prefetch", type=_count(1), default=2, metavar="N",
+        "--prefetch", type=whole(1, 65536), default=2, metavar="N",
         help="batches read ahead; where they are small, groups of 32,768 rows (default: 2)",
     )  # fmt: skip
-    group.add_argument("--batch_size", type=_count(1), default=16384, metavar="N", help="default: 16384")
-    group.add_argument("--test_batch_size", type=_count(1), default=131072, metavar="N", help="default: 131072")
+    group.add_argument("--batch_size", type=whole(1), default=16384, metavar="N", help="default: 16384")
+    group.add_argument("--test_batch_size", type=whole(1), default=131072, metavar="N", help="default: 131072")
     group.add_argument(
         "--shuffle_batch_order", "--shuffle", action=Boolean, default=True,
         help="new order of batches in every epoch (default: true)",
     )  # fmt: skip
     group.add_argument(
-        "--shuffle_buffer_size", type=_count(0), default=0, metavar="ROWS",
+        "--shuffle_buffer_size", type=whole(0), default=0, metavar="ROWS",
         help="in every epoch, let rows of batches that follow one another change places within so many rows, rounded "
         "up to whole batches; takes 160 B a row, some times over (default: 0, batches keep their rows)",
     )  # fmt: skip
 
 
 def _add_schedule_flags(group) -> None:
-    group.add_argument("--epochs", type=_count(1), default=1, metavar="N", help="passes over the data (default: 1)")
-    group.add_argument("--lr", type=float, default=8.0, help="learning rate at its height (default: 8)")
-    group.add_argument("--warmup_steps", type=_length, default=1000, metavar="N", help="default: 1000")
+    group.add_argument("--epochs", type=whole(1), default=1, metavar="N", help="passes over the data (default: 1)")
+    group.add_argument("--lr", type=POSITIVE, default=8.0, help="learning rate at its height (default: 8)")
+    group.add_argument("--warmup_steps", type=number(most=LONGEST), default=1000, metavar="N", help="default: 1000")
     group.add_argument(
-        "--warmup_factor", type=_count(0), default=0, metavar="F",
+        "--warmup_factor", type=whole(0, 1000), default=0, metavar="F",
         help="the warm-up starts 2^-F below the height; 0: from zero (default: 0)",
     )  # fmt: skip
-    group.add_argument("--decay_start_step", type=_length, default=48000, metavar="N", help="default: 48000")
-    group.add_argument("--decay_steps", type=_length, default=0, metavar="N", help="0: no decay (default: 0)")
-    group.add_argument("--decay_power", type=_count(0), default=2, metavar="P", help="default: 2")
-    group.add_argument("--decay_end_lr", type=float, default=8.0, help="learning rate after the decay (default: 8)")
+    group.add_argument(
+        "--decay_start_step", type=number(most=LONGEST), default=48000, metavar="N", help="default: 48000"
+    )
+    group.add_argument(
+        "--decay_steps", type=number(most=LONGEST), default=0, metavar="N", help="0: no decay (default: 0)"
+    )
+    group.add_argument("--decay_power", type=whole(0, 1000), default=2, metavar="P", help="default: 2")
+    group.add_argument(
+        "--decay_end_lr", type=number(most=FLOAT32), default=8.0, metavar="LR",
+        help="learning rate after the decay (default: 8)",
+    )  # fmt: skip
     group.add_argument(
         "--schedule_unit", default="steps", choices=("steps", "samples", "epochs"),
         help="what --warmup_steps, --decay_start_step, --decay_steps count; epochs may be fractions (default: steps)",
@@ -159,12 +102,14 @@ def _add_optimizer_flags(group) -> None:
     group.add_argument("--optimizer", default="sgd", choices=NAMES, help="of the MLPs (default: sgd)")
     group.add_argument("--embedding_optimizer", choices=NAMES, help="of the tables (default: as --optimizer)")
     group.add_argument(
-        "--embedding_lr", type=float, metavar="LR", help="learning rate of the tables at its height (default: --lr)"
-    )
-    group.add_argument("--eps", type=float, help="of Adagrad and Adam (default: 1e-8; 1e-10 for adagrad)")
+        "--embedding_lr", type=POSITIVE, metavar="LR",
+        help="learning rate of the tables at its height (default: --lr)",
+    )  # fmt: skip
+    group.add_argument("--eps", type=POSITIVE, help="of Adagrad and Adam (default: 1e-8; 1e-10 for adagrad)")
     group.add_argument(
-        "--betas", type=float, nargs=2, default=(0.9, 0.999), metavar=("B1", "B2"), help="of Adam (default: 0.9 0.999)"
-    )
+        "--betas", type=number(most=1, below=True), nargs=2, default=(0.9, 0.999), metavar=("B1", "B2"),
+        help="of Adam (default: 0.9 0.999)",
+    )  # fmt: skip
 
 
 def _add_precision_flags(group) -> None:
@@ -172,7 +117,7 @@ def _add_precision_flags(group) -> None:
         "--device", default="auto", choices=("auto", "cuda", "cpu"), help="auto: the GPU where there is one (default)"
     )
     group.add_argument(
-        "--threads", type=_count(0), default=0, metavar="N",
+        "--threads", type=whole(0, MOST_THREADS), default=0, metavar="N",
         help="CPU threads of torch (default: torch's choice, or the checkpoint's: another number, other last bits)",
     )  # fmt: skip
     group.add_argument(
@@ -183,7 +128,9 @@ def _add_precision_flags(group) -> None:
         "--fp16", action=Boolean, default=None,
         help="float16 matrix products with a loss scale (default: true on a GPU, false on a CPU)",
     )  # fmt: skip
-    group.add_argument("--loss_scale", type=float, default=1024.0, help="for --fp16, where it starts (default: 1024)")
+    group.add_argument(
+        "--loss_scale", type=POSITIVE, default=1024.0, help="for --fp16, where it starts (default: 1024)"
+    )
     group.add_argument(
         "--dynamic_loss_scale", action=Boolean, default=True,
         help="halve the loss scale where gradients overflow, double it after 2,000 steps in which none did; steps that "
@@ -209,19 +156,23 @@ def _add_precision_flags(group) -> None:
         "--table_placement", default="device", choices=PLACEMENTS,
         help="host: the tables stay in host memory, and a GPU reads and writes their rows there (default: device)",
     )
-    group.add_argument("--seed", type=int, default=0, help="of the initial weights and the order (default: 0)")
-    group.add_argument("--profile_steps", type=_count(0), default=0, metavar="N", help="profile N steps, then stop")
+    group.add_argument(
+        "--seed", type=whole(-(2**63), 2**63 - 1), default=0, metavar="N",
+        help="of the initial weights and the order (default: 0)",
+    )  # fmt: skip
+    group.add_argument("--debug", action="store_true", help="after an error, show where in the program it arose too")
+    group.add_argument("--profile_steps", type=whole(0), default=0, metavar="N", help="profile N steps, then stop")
 
 
 def _add_test_flags(group) -> None:
-    group.add_argument("--print_freq", type=_count(0), default=0, metavar="N", help="steps between loss reports")
+    group.add_argument("--print_freq", type=whole(0), default=0, metavar="N", help="steps between loss reports")
     group.add_argument(
-        "--test_freq", type=_count(0), default=0, metavar="N",
+        "--test_freq", type=whole(0), default=0, metavar="N",
         help="steps between tests on the validation split (default: 20 tests an epoch)",
     )  # fmt: skip
-    group.add_argument("--test_after", type=float, default=0.0, metavar="E", help="no test before E epochs")
+    group.add_argument("--test_after", type=number(), default=0.0, metavar="E", help="no test before E epochs")
     group.add_argument(
-        "--auc_threshold", type=float, default=0.8025, metavar="A",
+        "--auc_threshold", type=number(most=1), default=0.8025, metavar="A",
         help="stop once a test reaches this AUC (default: 0.8025; 1: never)",
     )  # fmt: skip
     group.add_argument(
@@ -237,12 +188,12 @@ def _add_checkpoint_flags(group) -> None:
         "folder of its own in it, run_ID (default: runs)",
     )  # fmt: skip
     group.add_argument("--save_model", action=Boolean, default=False, help="write a checkpoint at the end")
-    group.add_argument("--save_freq", type=_count(0), default=0, metavar="N", help="write one every N steps")
-    group.add_argument("--save_minutes", type=float, default=0.0, metavar="M", help="write one every M minutes")
+    group.add_argument("--save_freq", type=whole(0), default=0, metavar="N", help="write one every N steps")
+    group.add_argument("--save_minutes", type=number(), default=0.0, metavar="M", help="write one every M minutes")
     group.add_argument(
         "--save_behind", action=Boolean, default=False, help="write them while training goes on, from a copy in memory"
     )
-    group.add_argument("--keep", type=_count(1), default=3, metavar="K", help="of these, keep the last K (default: 3)")
+    group.add_argument("--keep", type=whole(1), default=3, metavar="K", help="of these, keep the last K (default: 3)")
     group.add_argument(
         "--save_best", action=Boolean, default=False, help="keep the best one by validation AUC, as OUTPUT_DIR/best"
     )
@@ -280,7 +231,16 @@ def _add_mode_flags(group) -> None:
         "(default: rare)",
     )  # fmt: skip
     group.add_argument(
-        "--inference_benchmark_batch_sizes", type=_count(1), nargs="+", default=[1, 64, 4096], metavar="B",
+        "--bad_rows", "--bad-rows", choices=("error", "skip"), default="error",
+        help="predict on a raw day: rows that cannot be parsed are an error, or are skipped: their line of the scores "
+        "is null, so that line N stays that of row N (default: error)",
+    )  # fmt: skip
+    group.add_argument(
+        "--max_bad_rows", "--max-bad-rows", type=whole(0), default=1000, metavar="N",
+        help="with --bad_rows skip: more bad rows than that are an error (default: 1000)",
+    )  # fmt: skip
+    group.add_argument(
+        "--inference_benchmark_batch_sizes", type=whole(1), nargs="+", default=[1, 64, 4096], metavar="B",
         help="default: 1 64 4096",
     )  # fmt: skip
-    group.add_argument("--inference_benchmark_steps", type=_count(1), default=200, metavar="N", help="default: 200")
+    group.add_argument("--inference_benchmark_steps", type=whole(1), default=200, metavar="N", help="default: 200")

@@ -1,9 +1,10 @@
 """A trained model at work: scores, their speed, and export for other programs."""
 
+import shutil
 import statistics
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,6 +16,8 @@ from model.dlrm import DLRM
 
 WARM_UP = 10
 PERCENTILES = (50, 90, 95, 99)
+EXAMPLE_ROWS = 3  # of the batch that an export runs; of one row, the exporters would take 1 for the only batch size
+WEIGHTS = ".data"  # what ONNX's exporter adds to a name for the file of large weights
 
 
 @torch.no_grad()
@@ -67,22 +70,47 @@ class Scorer(nn.Module):
         return torch.where(fits, found, torch.nan)
 
 
-def export(model: DLRM, path: Path, example: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Write the model with any batch size: by torch.export (.pt2), or as ONNX (.onnx), by the file's name.
+@contextmanager
+def _workplace(path: Path) -> Iterator[Path]:
+    """A folder beside a file to come, cleared away at the end; what a process that was killed left in it goes first."""
+    folder = path.with_name(f"{path.name}.part")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
-    example: dense and sparse of a few rows. The file gets its name when it is whole. Raises ConfigError for another
-    name, where something is there that is no file, and where ONNX's exporter is missing.
+
+def export(model: DLRM, path: Path) -> list[Path]:
+    """Write the model with any batch size: by torch.export (.pt2), or as ONNX (.onnx), by the file's name. Returns the
+    files: that one, and what has to lie beside it (ONNX keeps large weights in NAME.data).
+
+    They get their names when they are whole, and what an earlier export left beside that name goes. Raises ConfigError
+    for another name, where something is there that is no file, and where ONNX's exporter is missing.
     """
     if path.suffix not in WRITERS or path.is_dir():
         raise ConfigError(f"--output {path}: expected a name that ends in .pt2 (torch.export) or .onnx, of a file")
+    config, device = model.config, model.dense_parameters()[0].device
+    example = (
+        torch.zeros(EXAMPLE_ROWS, config.num_numerical_features, device=device),
+        torch.zeros(EXAMPLE_ROWS, len(config.categorical_feature_sizes), dtype=torch.int32, device=device),
+    )
     batch = torch.export.Dim("batch", min=1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{path.name}.part", dir=path.parent) as folder, torch.no_grad():
-        WRITERS[path.suffix](model, Path(folder) / path.name, example, ({0: batch}, {0: batch}))
-        for part in sorted(Path(folder).iterdir()):  # ONNX keeps large weights in a file beside it
+    with _workplace(path) as folder, torch.no_grad():
+        WRITERS[path.suffix](model, folder / path.name, example, ({0: batch}, {0: batch}))
+        # The one that needs others comes last.
+        parts, again = sorted(folder.iterdir(), key=lambda part: part.name == path.name), path.is_file()
+        for part in parts:
             atomic.to_disk(part)
+        for part in parts:
             part.replace(path.parent / part.name)
+        beside = path.with_name(f"{path.name}{WEIGHTS}")
+        if again and path.suffix == ".onnx" and beside.name not in [part.name for part in parts]:
+            beside.unlink(missing_ok=True)
         atomic.to_disk(path.parent)
+    return [path.parent / part.name for part in reversed(parts)]
 
 
 def _write_pt2(model: DLRM, path: Path, example: tuple[torch.Tensor, torch.Tensor], shapes: tuple) -> None:

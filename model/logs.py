@@ -2,26 +2,17 @@
 
 import importlib.util
 import json
-import math
 import time
 from dataclasses import asdict
 from pathlib import Path
 
+from common.jsonable import jsonable
 from model.config import ConfigError
 from model.metrics import Metrics
 from model.mlperf_log import MLPerfLog
 
 LINES, CURVES = "metrics.jsonl", "curves.png"
 EVENTS = ("train", "val", "test")
-
-
-def jsonable(value):
-    """The same value with null for each number that JSON does not have: NaN and the infinities."""
-    if isinstance(value, dict):
-        return {key: jsonable(of) for key, of in value.items()}
-    if isinstance(value, list | tuple):
-        return [jsonable(of) for of in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class RunLog:

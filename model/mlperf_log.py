@@ -5,6 +5,7 @@ import json
 import time
 from pathlib import Path
 
+from common.jsonable import jsonable
 from model.config import ConfigError
 
 BENCHMARK, DIVISION = "dlrm", "closed"
@@ -37,7 +38,7 @@ class MLPerfLog:
             "namespace": "", "time_ms": int(1000 * time.time()), "event_type": kind, "key": key, "value": value,
             "metadata": {"file": Path(caller.filename).name, "lineno": caller.lineno, **metadata},
         }  # fmt: skip
-        self._file.write(f"{MARKER} {json.dumps(line)}\n")
+        self._file.write(f"{MARKER} {json.dumps(jsonable(line), allow_nan=False)}\n")
 
     def event(self, key: str, value=None, **metadata) -> None:
         """One line. Keys that end in _start and _stop mark intervals, others a point in time."""

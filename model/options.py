@@ -33,16 +33,11 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--mode {args.mode}: expected --output FILE")
     if args.input and args.output and args.output.exists() and args.input.exists() and args.output.samefile(args.input):
         raise ConfigError(f"--output {args.output}: is the --input, which would be replaced; name another file")
-    for name in ("lr", "embedding_lr", "eps", "loss_scale"):
-        if getattr(args, name) is not None and not getattr(args, name) > 0:
-            raise ConfigError(f"--{name}: expected a number above 0, got {getattr(args, name)}")
     if args.schedule_unit != "epochs":
         for name in ("warmup_steps", "decay_start_step", "decay_steps"):
             value = getattr(args, name)
             if value % 1:
                 raise ConfigError(f"--{name}: expected a whole number of {args.schedule_unit}, got {value}")
-    if not all(0 <= beta < 1 for beta in args.betas):
-        raise ConfigError(f"--betas: expected two numbers from 0 to below 1, got {args.betas}")
 
 
 def schedule(args: argparse.Namespace, steps_per_epoch: int) -> Schedule:

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from model.config import ConfigError, ModelConfig, names, read_config
+from model.numbers import number, whole
 from model.optimizers import NAMES
 from model.predict import MACHINES, Job, Machine, alone, costs, fixed_bytes, rank_bytes, step_seconds, table_bytes
 from model.sharding import COLUMN_OPTIMIZERS, Piece, Plan, PlanError, read_plan
@@ -173,16 +174,17 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m model.sharding", description=sharding.__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
+    rate = number(above=True)
     parser.add_argument("--model_config", default="official_config", metavar="NAME|FILE", help=", ".join(names()))
-    parser.add_argument("--world", type=int, default=8, metavar="N", help="ranks (default: 8)")
+    parser.add_argument("--world", type=whole(1, 1 << 16), default=8, metavar="N", help="ranks (default: 8)")
     parser.add_argument("--gpu", default="h200", choices=sorted(MACHINES), help="what a rank is (default: h200)")
-    parser.add_argument("--batch_size", type=int, default=65536, metavar="B", help="global (default: 65536)")
+    parser.add_argument("--batch_size", type=whole(1), default=65536, metavar="B", help="global (default: 65536)")
     parser.add_argument("--embedding_optimizer", default="sgd", choices=NAMES, help="of the tables (default: sgd)")
     parser.add_argument("--wire_dtype", default="fp32", choices=sorted(WIRES), help="of vectors sent (default: fp32)")
-    parser.add_argument("--memory", type=float, metavar="GB", help="of a rank (default: 92 %% of the card's)")
-    parser.add_argument("--link", type=float, metavar="GB/S", help="within a node, each way (default: the card's)")
-    parser.add_argument("--network", type=float, metavar="GB/S", help="between nodes, each way (default: the card's)")
-    parser.add_argument("--per_node", type=int, metavar="N", help="ranks of a node (default: 8)")
+    parser.add_argument("--memory", type=rate, metavar="GB", help="of a rank (default: 92 %% of the card's)")
+    parser.add_argument("--link", type=rate, metavar="GB/S", help="within a node, each way (default: the card's)")
+    parser.add_argument("--network", type=rate, metavar="GB/S", help="between nodes, each way (default: the card's)")
+    parser.add_argument("--per_node", type=whole(1, 1 << 16), metavar="N", help="ranks of a node (default: 8)")
     parser.add_argument("--plan", type=Path, metavar="FILE", help="judge this plan instead of making one")
     parser.add_argument("--save_plan", type=Path, metavar="FILE", help="write the plan there")
     args = parser.parse_args(argv)
@@ -195,13 +197,11 @@ def main(argv: list[str] | None = None) -> int:
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps(result))
+    print(json.dumps(result, allow_nan=False))
     return 0
 
 
 def _report(args: argparse.Namespace, config: ModelConfig, machine: Machine) -> dict:
-    if args.world < 1 or args.batch_size < 1:
-        raise ConfigError(f"--world {args.world}, --batch_size {args.batch_size}: expected 1 or more")
     job = Job(config, args.batch_size, args.embedding_optimizer, WIRES[args.wire_dtype])
     plan = read_plan(args.plan) if args.plan else make_plan(job, args.world, machine)
     plan.check(config, args.world, args.embedding_optimizer, f"--plan {args.plan}")

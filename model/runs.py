@@ -21,6 +21,7 @@ from common import typed
 from model import atomic
 from model.checkpoint import RUN_FOLDERS, find, steps_in
 from model.config import ConfigError
+from model.numbers import MOST_THREADS
 from model.state import STATE, CheckpointError, State, read_state
 
 RUN, LOCK, BEST = "run.json", ".lock", "best"
@@ -41,6 +42,12 @@ class RunState:
     place: dict[str, int | str | bool | None]
     threads: int
     best_auc: float
+
+    def __post_init__(self):
+        if not 1 <= self.threads <= MOST_THREADS or not 0 <= self.best_auc <= 1:
+            raise ValueError(
+                f"expected 1 to {MOST_THREADS} threads and a best_auc from 0 to 1, got {self.threads}, {self.best_auc}"
+            )
 
 
 def run_state(state: State, folder: Path) -> RunState:
@@ -118,7 +125,7 @@ class Claim:
             words = f"{run.output_dir} has {who}: this run, {run.id}, writes into {self.run.folder}"
             self.said = "\n".join(filter(None, (self.said, words)))
         atomic.recover(self.run.folder)
-        text = json.dumps(asdict(RunFile(VERSION, run.id))) + "\n"
+        text = json.dumps(asdict(RunFile(VERSION, run.id)), allow_nan=False) + "\n"
         atomic.write_text(self.run.folder / RUN, text)
 
     def _take_lock(self, must: bool) -> bool:

@@ -36,9 +36,11 @@ class Schedule:
         """What a run of `total_steps` will not see of this schedule, in words."""
         found = []
         if self.warmup_steps >= total_steps:
+            last, reached = self.at(total_steps), self.warmup_steps == total_steps
+            where = f"reaches {self.lr:g} in the last step only" if reached else _apart(last, self.lr)
             found.append(
-                f"the warm-up of {self.warmup_steps} steps outlasts the run of {total_steps}: the learning rate ends "
-                f"at {self.at(total_steps):.4g}, not {self.lr:g}; lower --warmup_steps"
+                f"the warm-up of {self.warmup_steps} steps {'fills' if reached else 'outlasts'} the run of "
+                f"{total_steps}: the learning rate {where}; lower --warmup_steps"
             )
         if self.decay_steps and self.decay_start_step >= total_steps:
             found.append(
@@ -46,3 +48,9 @@ class Schedule:
                 "lower --decay_start_step"
             )
         return found
+
+
+def _apart(last: float, height: float) -> str:
+    """Where a learning rate ends, in as many digits as tell it from the height."""
+    digits = next((digits for digits in (4, 8, 16) if f"{last:.{digits}g}" != f"{height:.{digits}g}"), 17)
+    return f"ends at {last:.{digits}g}, not {height:.{digits}g}"

@@ -106,8 +106,8 @@ class Plan:
     def write(self, path: Path) -> None:
         """Save it."""
         values = self.to_json()
-        lines = [json.dumps(table) for table in values.pop("tables")]
-        head = json.dumps(values)[:-1]
+        lines = [json.dumps(table, allow_nan=False) for table in values.pop("tables")]
+        head = json.dumps(values, allow_nan=False)[:-1]
         path.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_text(path, head + ', "tables": [\n  ' + ",\n  ".join(lines) + "\n]}\n")
 

@@ -4,6 +4,7 @@ goes on from its last checkpoint to the same weights."""
 import functools
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from gpu_etl.pipeline import Settings, encode_days
-from model import checkpoint, watch
+from model import checkpoint
 from model.distributed import RankTrainer
 from tests.conftest import ROOT
 from tests.ranks import free_port, run_main
@@ -58,6 +59,9 @@ def ends_soon(ends, failed, message, status=1):
     assert said.count(message) == 1 and said.count("error: ") == 1 and "Traceback" not in said, said
 
 
+KILLED = "was killed by SIGKILL"
+
+
 def kill_rank_1(rank, words):
     if rank == 1:
         at_step(7, lambda: os.kill(os.getpid(), signal.SIGKILL))
@@ -65,7 +69,8 @@ def kill_rank_1(rank, words):
 
 def test_a_rank_is_killed(folder, tmp_path):
     ends = run_main(3, flags(folder, tmp_path), tmp_path, kill_rank_1)
-    ends_soon(ends, 1, "error: rank 1 of 3: gone without a word", -signal.SIGKILL)
+    ends_soon(ends, 1, KILLED, -signal.SIGKILL)
+    assert re.search(rf"error: rank 1 of 3, process \d+ on \S+, {KILLED} ", "".join(end.err for end in ends))
     assert [path.name for path in sorted(tmp_path.glob("step_*"))] == ["step_4"]
 
 
@@ -84,7 +89,7 @@ def kill_while_saving(rank, words):
 
 def test_a_rank_is_killed_while_it_writes_a_checkpoint(folder, tmp_path):
     ends = run_main(2, flags(folder, tmp_path), tmp_path, kill_while_saving)
-    ends_soon(ends, 1, "error: rank 1 of 2: gone without a word", -signal.SIGKILL)
+    ends_soon(ends, 1, KILLED, -signal.SIGKILL)
     assert checkpoint.find(tmp_path).name == "step_4"
 
 
@@ -102,27 +107,6 @@ def test_a_rank_runs_out_of_memory(folder, tmp_path):
     ends = run_main(2, flags(folder, tmp_path), tmp_path, starve)
     ends_soon(ends, 1, "rank 1: error: out of memory: ")
     assert "start more ranks, lower --batch_size" in ends[1].err
-
-
-def test_a_rank_stands_still(folder, tmp_path):
-    """As one does whose machine is gone: its connections stay open, but nothing comes. It wakes up later, finds that
-    the job is over, and leaves."""
-    ends = run_main(2, flags(folder, tmp_path), tmp_path, freeze_then_wake)
-    said = "".join(end.err for end in ends)
-    assert said.count("error: rank 1 of 2: gone without a word (no sign of life for 3 s)") == 1 == said.count("error: ")
-    assert [end.status for end in ends] == [1, 1] and ends[0].seconds < SOON
-
-
-def freeze_then_wake(rank, words):
-    watch.LOST_AFTER = 3.0
-    if rank == 1:
-        waker = f"import os, signal, time; time.sleep(8); os.kill({os.getpid()}, signal.SIGCONT)"
-
-        def stand_still():
-            subprocess.Popen([sys.executable, "-c", waker])
-            os.kill(os.getpid(), signal.SIGSTOP)
-
-        at_step(5, stand_still)
 
 
 def other_set(rank, words):
@@ -300,7 +284,7 @@ def test_one_of_two_machines_is_lost(folder, tmp_path):
     lost, left = sorted(torchrun(words, words))
     assert (lost[0], left[0]) == (-signal.SIGKILL, 1) and time.monotonic() - start < 60
     words = left[2]  # which of the two machines holds the job's store is for torchrun to choose
-    gone, deaf = "error: rank 1 of 2: gone without a word", "error: the job's store does not answer"
+    gone, deaf = "error: rank 1 of 2, process ", "error: the job's store does not answer"
     assert words.count(gone) + words.count(deaf) == 1, words
 
 

@@ -36,3 +36,13 @@ def test_no_import_points_up(path):
 def test_raw_data_side_does_not_load_torch_before_batches():
     raw = [path for path in FILES if path.is_relative_to(ROOT / "gpu_etl") and path.parent.name != "load"]
     assert raw and not [path for path in raw if "torch" in imported(path)]
+
+
+def test_json_never_holds_nan():
+    """NaN and Infinity are no JSON: whoever writes JSON says that they are an error."""
+    rooms = [path for path in FILES if path.relative_to(ROOT).parts[0] != "gpu_etl"]
+    for path in [*rooms, ROOT / "train.py", ROOT / "dist_train.py"]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.dump", "json.dumps"):
+                found = {word.arg: ast.unparse(word.value) for word in node.keywords}
+                assert found.get("allow_nan") == "False", f"{path}:{node.lineno}"

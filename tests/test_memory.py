@@ -40,7 +40,7 @@ def flags(folder, out):
 
 
 def test_a_real_allocation_that_fails():
-    words = r"out of memory: the tables: 3200000000000000 bytes more were wanted.*; take less"
+    words = r"out of memory: the tables: 3,200,000.0 GB more were wanted.*; take less"
     with pytest.raises(ConfigError, match=words), memory.explained("the tables", "take less"):
         JointEmbedding((10**14,), 8, False)
 
@@ -54,6 +54,29 @@ def test_what_tables_take():
     assert memory.tables(config, Optimizer("sgd"), torch.float32) == (
         "1,000,000,000 embedding rows of 8 take 32.0 GB in float32"
     )
+
+
+def test_tables_that_cannot_fit_are_refused_before_they_are_made(monkeypatch, tmp_path):
+    config, cpu = small_config(categorical_feature_sizes=(10**9,)), torch.device("cpu")
+    refused = r"take 32\.0 GB in float32; 10\.0 GB are free on the device cpu; take "
+    for free, words in ((10**11, None), (10**10, refused)):
+        monkeypatch.setattr(memory, "available", lambda device, free=free: free)
+        if words:
+            with pytest.raises(ConfigError, match=words):
+                memory.check_tables(config, Optimizer("sgd"), torch.float32, cpu)
+        else:
+            memory.check_tables(config, Optimizer("sgd"), torch.float32, cpu)
+
+
+def test_a_container_may_have_less_than_the_machine(monkeypatch, tmp_path):
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    assert memory.available(cpu) > 10**8
+    (tmp_path / "memory.current").write_text("3000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.available(cpu) > 10**8
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert memory.available(cpu) == 2000
 
 
 @pytest.mark.parametrize("words", OTHERS)

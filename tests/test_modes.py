@@ -16,7 +16,7 @@ from gpu_etl.load.dataset import open_dataset
 from gpu_etl.pipeline import Settings, encode_days
 from gpu_etl.schema import PRESETS
 from gpu_etl.synthetic import write_days
-from model import logs
+from model import inference, logs
 from tests.conftest import ROOT, needs
 
 MODEL = ["--model_config", "criteo_kaggle_tiny"]
@@ -45,7 +45,7 @@ def split_scores(folder, checkpoint, split):
     session = train.Session(args)
     train.checkpoint.load(train.checkpoint.find(checkpoint), session.trainer.model)
     loader = CpuLoader(open_dataset(folder).splits[split], 1000, torch.device("cpu"))
-    (scores,) = [scores for scores, _ in train.inference.scores(session.trainer, loader.batches())]
+    (scores,) = [scores for scores, _ in inference.scores(session.trainer, loader.batches())]
     return scores.numpy()
 
 

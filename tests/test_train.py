@@ -148,9 +148,7 @@ def test_foreign_data_set_takes_its_table_sizes_from_the_configuration(folder, t
         (["--dataset", "SET", "--device", "cpu", "--cuda_graphs"], "--cuda_graphs: expected a GPU, got --device cpu"),
         (["--dataset", "SET", "--test_only"], "expected --ckpt DIR"),
         (["--dataset", "SET", "--ckpt", "/nowhere"], "expected a checkpoint, or a run's folder"),
-        (["--dataset", "SET", "--lr", "0"], "--lr: expected a number above 0"),
         (["--dataset", "SET", "--decay_steps", "1.5"], "--decay_steps: expected a whole number of steps, got 1.5"),
-        (["--dataset", "SET", "--betas", "1", "0"], "--betas: expected two numbers from 0"),
         (["--dataset", "SET", "--dataset_type", "dist"], "change --dataset_type"),
         (["--dataset", "SET", "--dataset_type", "dle"], "change --dataset_type"),
     ],
@@ -179,17 +177,25 @@ def test_flags_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (b'--lr "0.1\n', "the line '--lr \"0.1': No closing quotation"),
+        (b'--amp\n--lr "0.1\n', "line 2: No closing quotation: '--lr \"0.1'"),
         (b"@FILE\n", "takes itself in"),
         (b"--lr \xff\xfe\n", "is no text"),
+        (b"--lr 1\0\n", "byte 6 is 0"),
+        (b"#" * (1 << 20) + b"\n", "got more than 1,048,576 bytes"),
+        (b"@FOLDER\n", "Is a directory: expected a file of flags"),
+        (b"@FOLDER/none\n", "No such file or directory: expected a file of flags, or one of @criteo_kaggle"),
+        (b"@" + b"x" * 5000, "File name too long: expected a file of flags"),
+        (b"--lr 1e400\n", "argument --lr: expected a number above 0 and at most 3.4e+38, got '1e400'"),
+        (b"--betas 1 0\n", "argument --betas: expected a number of at least 0 and below 1, got '1'"),
     ],
 )
 def test_files_of_flags_that_cannot_be_read(tmp_path, capsys, text, words):
     path = tmp_path / "mine.flags"
-    path.write_bytes(text.replace(b"FILE", str(path).encode()))
+    path.write_bytes(text.replace(b"FILE", str(path).encode()).replace(b"FOLDER", str(tmp_path).encode()))
     with pytest.raises(SystemExit) as stopped:
         train.main(["--dataset", "x", f"@{path}"])
-    assert stopped.value.code == 2 and words in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and words in said and said.count("\n") == 1
 
 
 def test_no_validation_split(day_files, tmp_path, capsys):

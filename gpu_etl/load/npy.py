@@ -28,15 +28,17 @@ class _Array:
         with open(path, "rb") as file:
             shape, fortran, self.dtype = read_header(file, str(path))
             self._start = file.tell()
-        self.rows, self._width = shape[0] if shape else 0, width
-        if shape not in ((self.rows, width), (self.rows,) * (width == 1)) or fortran or self.dtype.kind not in kinds:
+        self.rows, self._width = shape[0] if shape else -1, width
+        fits = shape in ((self.rows, width), (self.rows,) * (width == 1)) and {*map(type, shape)} == {int}
+        if not fits or self.rows < 0 or fortran or self.dtype.kind not in kinds:
             raise DataError(
                 f"{path}: expected rows of {width}, row after row, dtype {' or '.join(kinds)}, got shape {shape}, "
                 f"{self.dtype}{', column after column' * fortran}"
             )
         expected, size = self._start + self.rows * width * self.dtype.itemsize, path.stat().st_size
         if size != expected:
-            raise DataError(f"{path}: expected {expected} bytes by its header, found {size}; the file is cut off")
+            what = "the file is cut off" if size < expected else "there is more behind its rows"
+            raise DataError(f"{path}: expected {expected:,} bytes by its header, found {size:,}; {what}")
         self._file = DataFile(path)
 
     @property

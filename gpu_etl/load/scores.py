@@ -1,6 +1,7 @@
 """Scores of rows as a Parquet file."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +18,21 @@ def _holds_scores(path: Path) -> bool:
         return False
 
 
+def _with_gaps(values: np.ndarray, gaps: np.ndarray) -> pa.Array:
+    """Values [n], with null at the places `gaps` [k] of the n + k that there are then."""
+    empty = np.zeros(len(values) + len(gaps), bool)
+    empty[gaps] = True
+    whole = np.zeros(len(empty), values.dtype)
+    whole[~empty] = values
+    return pa.array(whole, mask=empty)
+
+
 class ScoreWriter:
     """Appends blocks of scores to a Parquet file: column "score" float32, and "label" int8 where rows have labels.
 
-    For use in `with`: the file gets its name when all is written, and nothing stays after an error. Raises DataError
-    where the name does not end in .parquet.
+    For use in `with`: the file gets its name when all is written, and nothing stays after an error, or after a signal
+    that raises one; what a process that was killed left, the next one for that name replaces. rows: written so far.
+    Raises DataError where the name does not end in .parquet.
     """
 
     def __init__(self, path: Path, labelled: bool):
@@ -30,14 +41,25 @@ class ScoreWriter:
         if path.exists() and not _holds_scores(path):
             raise DataError(f"--output {path}: is there, and holds no scores; it would be replaced: name another file")
         fields = [pa.field("score", pa.float32())] + [pa.field("label", pa.int8())] * labelled
+        self.rows, self._skipped = 0, 0
         self._path, self._part, self._labelled = path, path.with_name(path.name + ".part"), labelled
         path.parent.mkdir(parents=True, exist_ok=True)
         self._writer = pq.ParquetWriter(self._part, pa.schema(fields))
 
-    def write(self, scores: np.ndarray, labels: np.ndarray) -> None:
-        """Append scores float32 [n] and labels [n]; these are dropped where there are none."""
+    def write(self, scores: np.ndarray, labels: np.ndarray, skipped: Sequence[int] = ()) -> None:
+        """Append scores float32 [n] and labels [n]; these are dropped where there are none.
+
+        skipped: numbers, from 1 and rising, of all rows so far that have no score: they get null in both columns, so
+        that row for row the file is that of the input.
+        """
         columns = [scores] + [labels.astype(np.int8)] * self._labelled
+        gaps = np.asarray(skipped[self._skipped :], np.int64) - 1 - self.rows
+        if len(gaps):
+            columns = [_with_gaps(column, gaps) for column in columns]
+        elif not len(scores):
+            return
         self._writer.write_table(pa.table(columns, schema=self._writer.schema))
+        self.rows, self._skipped = self.rows + len(columns[0]), len(skipped)
 
     def __enter__(self) -> "ScoreWriter":
         return self

@@ -29,7 +29,7 @@ def versions() -> None:
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if torch.distributed.is_nccl_available() else None,
         "threads": torch.get_num_threads(),
     }  # fmt: skip
-    print(json.dumps(found))
+    print(json.dumps(found, allow_nan=False))
 
 
 def usable() -> None:

@@ -34,6 +34,7 @@ from gpu_etl import (  # noqa: E402 - after THREADS
     cuda_direct,
     cuda_launch,
     cuda_parquet,
+    rows,
 )
 from gpu_etl.errors import DataError, DeviceMemoryError  # noqa: E402
 from gpu_etl.extract import Source, open_sources, read_day  # noqa: E402
@@ -312,13 +313,15 @@ def same_slabs(path: Path, skip: int, slab_bytes: int, size: int) -> None:
         values, missing, words = [], [], []
         for slab in read_day(source, 0, slab_bytes, skip, readers=kernels.readers()):
             slab.prepare(kernels)
-            found, empty, faults = slab.parse(kernels, Reused())
-            good = faults == 0
-            values.append((columns_of(found) if kernels is cuda else found)[good])
-            missing.append((missing_of(empty, found) if kernels is cuda else empty)[good])
-            words += [slab.describe(row, faults[row]) for row in np.flatnonzero(faults)]
-            end = slab.end
-            slab.release()
+            while slab is not None:
+                found, empty, faults = slab.parse(kernels, Reused())
+                good, bad = faults == 0, np.flatnonzero(faults)
+                values.append((columns_of(found) if kernels is cuda else found)[good])
+                missing.append((missing_of(empty, found) if kernels is cuda else empty)[good])
+                words += slab.describe(bad, faults[bad])
+                end = slab.end
+                slab.release()
+                slab = slab.rest(kernels)
         assert source.read == source.size and (not values or end == size)
         rows = [row for array in (*values, *missing) for row in array.tolist()]
         results.append((rows, words, source.crc32))
@@ -346,8 +349,8 @@ def direct() -> None:
     assert not cuda_direct.is_there() or not SIMULATED
     sys.modules["kvikio"] = SimpleNamespace(CuFile=CuFile)
     cuda_direct.is_there = lambda: True
-    slab_bytes, rows = (3000, ROWS) if SIMULATED else (1 << 20, 20_000)  # a GPU has its sizes, a test its minutes
-    plain = reference.write_rows(seed=3, rows=rows)
+    slab_bytes, count = (3000, ROWS) if SIMULATED else (1 << 20, 20_000)  # a GPU has its sizes, a test its minutes
+    plain = reference.write_rows(seed=3, rows=count)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "day"
         for text in (plain, plain[:-1], plain + texts()["bad rows"]):
@@ -369,8 +372,24 @@ def direct() -> None:
             counting.side_by_side = lambda sources, *_: chain.from_iterable(sources)
         days = [Path(folder) / f"day_{day}" for day in range(2)]
         for day, path in enumerate(days):
-            path.write_bytes(reference.write_rows(seed=day, rows=rows))
+            path.write_bytes(reference.write_rows(seed=day, rows=count))
         same_sets(days, Path(folder), slab_bytes + 1000)
+
+
+def many_rows() -> None:
+    """More rows than good ones can be, in parts; the same where text is read directly; blank lines at the end."""
+    sys.modules["kvikio"], rows.LEAST_ROWS = SimpleNamespace(CuFile=CuFile), 4
+    plain = reference.write_rows(seed=3, rows=6)
+    with tempfile.TemporaryDirectory() as folder:
+        path, text = Path(folder) / "day", plain + b"\n" * 90 + plain + b"\n" * 70 + b"x"
+        path.write_bytes(text)
+        blank = Path(folder) / "blank"
+        blank.write_bytes(plain + b"\n\r\n\n")
+        for there in (False, True):
+            cuda_direct.is_there = lambda there=there: there
+            same_slabs(path, 0, len(text) // 2, len(text))
+            same_slabs(blank, 0, len(plain) // 2, len(plain))
+            same_slabs(blank, len(plain), len(plain), len(plain))
 
 
 def memory_limit() -> None:

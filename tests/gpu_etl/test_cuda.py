@@ -14,7 +14,7 @@ from tests.conftest import ROOT
 
 CASES = [
     "parse", "slab_functions", "dictionaries", "finish", "rows_on_the_device", "encode", "memory_limit", "parquet",
-    "direct",
+    "direct", "many_rows",
 ]  # fmt: skip
 
 COMPILE = """

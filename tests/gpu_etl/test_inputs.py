@@ -240,8 +240,8 @@ def test_parquet_faults_are_those_of_the_text(tmp_path, changes, arrays):
     assert codes == [KINDS[kind] * rows.FAULT_STRIDE + column]
     name = ["label", *(f"I{i}" for i in DENSE), *(f"C{i - 13}" for i in SPARSE)][column]
     value = arrays[column].to_pylist()[0]
-    assert slab.describe(0, codes[0]).startswith(f"column {name}: expected ")
-    assert slab.describe(0, codes[0]).endswith(f", got {value!r}")
+    assert slab.describe([0], codes)[0].startswith(f"column {name}: expected ")
+    assert slab.describe([0], codes)[0].endswith(f", got {value!r}")
 
 
 @pytest.mark.parametrize("field", ["\t", "12\t", "\t12", "1234567\t", "12345678\t", "123456789\tx"])
@@ -260,7 +260,7 @@ def test_long_and_broken_strings_are_shown_in_short(tmp_path):
         arrays[column] = array
         _, (code,), (slab,) = parsed(write_parquet(tmp_path / "day", arrays))
         with pytest.raises(DataError, match=shown):
-            raise DataError(slab.describe(0, code))
+            raise DataError(slab.describe([0], [code])[0])
 
 
 ONE = table_of(LINES[:1])

@@ -6,7 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from gpu_etl.errors import DataError
+from gpu_etl.bad_rows import BadRows
+from gpu_etl.errors import BadRowError, DataError
 from gpu_etl.load.raw import RawDay
 from gpu_etl.pipeline import Settings, encode_days
 from gpu_etl.schema import COLUMN_NAMES, choose_preset
@@ -90,3 +91,48 @@ def test_a_raw_day_that_is_cut_while_it_is_read(data_set, day_files, tmp_path):
     path.write_bytes(text[: text.index(b"\n", len(text) - 2000) + 1])
     with pytest.raises(DataError, match=r"day: expected .* bytes, as when it was opened, found an end behind"):
         list(batches)
+
+
+def texts_of(path, labelled):
+    lines = [line if labelled else line.partition("\t")[2] for line in path.read_text().splitlines()]
+    return [line + "\n" for line in lines]
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_bad_rows_end_it_or_are_left_out(data_set, day_files, tmp_path, labelled, capsys):
+    good, path = texts_of(day_files[2], labelled), tmp_path / "day"
+    path.write_text("".join(["a\tb\n", *good[:100], good[0].partition("\t")[2], "\n", *good[100:]]) + "\r\n\n")
+    fields, shown = (40, "39: '") if labelled else (39, "38: '")
+    with pytest.raises(BadRowError, match=rf"day: row 1: expected {fields} tab-separated fields, got 2: 'a b'. Mend"):
+        sparse(RawDay(data_set, path))
+    day = RawDay(data_set, path, bad_rows=BadRows("skip", 3))
+    (tmp_path / "good").write_text("".join(good))
+    assert day.labelled == labelled
+    assert (sparse(day) == sparse(RawDay(data_set, tmp_path / "good"))).all()
+    assert day.dropped == {"wrong number of fields": 3} and day.bad_row_numbers == [1, 102, 103] and day.rows == 251
+    said, own = capsys.readouterr().err, good[0].partition("\t")[2].replace("\t", " ")[:80]
+    assert f"left out: {path}: row 102: expected {fields} tab-separated fields, got {shown}{own}'..." in said
+    with pytest.raises(BadRowError, match=r"day: row 103: .*got 1: ''\. More than --max-bad-rows 2 such rows"):
+        sparse(RawDay(data_set, path, bad_rows=BadRows("skip", 2)))
+    if data_set.name == "mlperf":
+        lines = [*good[:100], good[100].rpartition("\t")[0] + "\tdeadbeef\n"]
+        path.write_text("".join(["a\tb\n", *lines]))
+        with pytest.raises(DataError, match="day: row 102: column C26: the value deadbeef has no id"):
+            sparse(RawDay(data_set, path, "error", BadRows("skip")))
+
+
+def test_a_bad_field_of_a_row_without_a_label_is_shown(data_set, tmp_path):
+    fields = LINES[0][1:]
+    (tmp_path / "day").write_text("\t".join([*fields[:13], "wxyz", *fields[14:]]))
+    with pytest.raises(BadRowError, match="row 1: column C1: expected up to 8 hex digits or nothing, got 'wxyz'"):
+        sparse(RawDay(data_set, tmp_path / "day"))
+
+
+def test_the_smallest_integer_is_that_of_good_rows(day_files, tmp_path, capsys):
+    encode_days(day_files, tmp_path / "set", Settings(preset=choose_preset("torchrec")))
+    good, path = texts_of(day_files[2], True), tmp_path / "day"
+    path.write_text("".join([*good[:100], "0\t-9999999" + "\t" * 37 + "\n", *good[100:]]))
+    days = RawDay(tmp_path / "set", path, bad_rows=BadRows("skip")), RawDay(tmp_path / "set", day_files[2])
+    for a, b in zip(*(list(day.batches(CPU)) for day in days), strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert capsys.readouterr().err.count("left out") == 1

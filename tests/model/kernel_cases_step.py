@@ -14,7 +14,7 @@ from model.dlrm import DLRM
 from model.embedding import Storage
 from model.kernels import lookup_interaction, update
 from model.optimizers import NAMES, Optimizer
-from model.ranks import Ranks
+from model.ranks import Groups, Ranks
 from model.schedule import Schedule
 from model.selfcheck.kernels import DEVICE, one_update
 from model.sharded import ReplicatedTables
@@ -92,7 +92,7 @@ def look_ups_are_sorted_once() -> None:
 
 def _alone() -> Ranks:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return Ranks(0, 1, DEVICE, dist.group.WORLD, dist.group.WORLD, dist.group.WORLD)
+    return Ranks(0, 1, DEVICE, Groups(*[dist.group.WORLD] * 3))
 
 
 def one_rank() -> None:

@@ -32,7 +32,7 @@ from model.dlrm import DLRM
 from model.embedding import Storage
 from model.engine import LoopOptions, fit
 from model.optimizers import NAMES, Optimizer
-from model.ranks import Ranks
+from model.ranks import Groups, Ranks
 from model.schedule import Schedule
 from model.sharding import Piece, Plan
 from model.trainer import Precision, Trainer
@@ -214,7 +214,7 @@ def ranks() -> Ranks:
     """One rank, by gloo, on the device."""
     if not dist.is_initialized():
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    return Ranks(0, 1, CUDA, dist.group.WORLD, dist.group.WORLD, dist.group.WORLD)
+    return Ranks(0, 1, CUDA, Groups(*[dist.group.WORLD] * 3))
 
 
 def sharding() -> None:

@@ -45,6 +45,20 @@ def test_what_a_run_will_not_see_is_told():
 
 
 @pytest.mark.parametrize(
+    ("warmup", "steps", "words"),
+    [
+        (10, 5, "outlasts the run of 5: the learning rate ends at 0.05, not 0.1"),
+        (10**6, 10**6 - 1, "ends at 0.0999999, not 0.1"),
+        (10**15, 10**15 - 1, "ends at 0.09999999999999991, not 0.1"),
+        (7, 7, "fills the run of 7: the learning rate reaches 0.1 in the last step only"),
+    ],
+)
+def test_a_warm_up_that_is_too_long_ends_elsewhere_than_at_the_height(warmup, steps, words):
+    (only,) = Schedule(0.1, warmup).warnings(steps)
+    assert words in only
+
+
+@pytest.mark.parametrize(
     ("unit", "lengths", "steps"),
     [
         ("steps", (3, 7, 5), (3, 7, 5)),
