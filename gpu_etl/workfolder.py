@@ -107,8 +107,8 @@ def _check_space(out: Path, sources: list[Source], preset: Preset) -> None:
     free = shutil.disk_usage(out).free
     if free < need:
         raise DataError(
-            f"{out}: about {need / 1e6:,.0f} MB needed ({NUMBERED.itemsize} B a row while it runs, {RECORD_BYTES} B a "
-            f"row of result), {free / 1e6:,.0f} MB free; choose another --out"
+            f"{out}: about {need / 1e6:,.1f} MB needed ({NUMBERED.itemsize} B a row while it runs, {RECORD_BYTES} B a "
+            f"row of result), {free / 1e6:,.1f} MB free; choose another --out"
         )
 
 

@@ -7,10 +7,10 @@ import random
 
 import pytest
 
-from tests.fuzz import child
-from tests.fuzz import kinds as fuzzed
+from tests.fuzz import child, raw
 from tests.fuzz.__main__ import MOST_BYTES, fuzz
-from tests.fuzz.kinds import KINDS, WrongError
+from tests.fuzz.case import Case, WrongError
+from tests.fuzz.kinds import KINDS
 
 
 def test_a_short_run_finds_nothing():
@@ -40,7 +40,7 @@ def test_ends_that_may_not_be_are_seen(main, words):
 def test_a_case_is_the_same_for_the_same_seed(tmp_path):
     made = []
     for turn in range(2):
-        case = fuzzed.Case(tmp_path, random.Random("text 3"), None)
+        case = Case(tmp_path, random.Random("text 3"), None)
         made.append([case.mutate(bytes(range(256)) * turn or bytes(range(256))) for _ in range(20)])
     assert made[0] == made[1] and len(set(made[0])) > 10
 
@@ -48,7 +48,7 @@ def test_a_case_is_the_same_for_the_same_seed(tmp_path):
 def test_a_difference_to_the_reference_is_a_fault(tmp_path, monkeypatch):
     """Rows of the reference with one more click: the case of text must notice."""
     (tmp_path / "template" / "days").mkdir(parents=True)
-    real = fuzzed.encode_days
+    real = raw.encode_days
 
     def other(days, *rules, **more):
         found = real(days, *rules, **more)
@@ -56,7 +56,7 @@ def test_a_difference_to_the_reference_is_a_fault(tmp_path, monkeypatch):
         return found
 
     ends = [child.one(tmp_path, "text", seed, MOST_BYTES) for seed in range(4)]
-    monkeypatch.setattr(fuzzed, "encode_days", other)
+    monkeypatch.setattr(raw, "encode_days", other)
     wrong = [child.one(tmp_path, "text", seed, MOST_BYTES) for seed in range(4)]
     right = [turn for turn, end in enumerate(ends) if end["statuses"] == [0]]
     assert right and not any("fault" in end for end in ends)

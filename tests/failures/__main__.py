@@ -121,6 +121,7 @@ class Runner:
         for path, name in ((work, "W"), (self.home / "big", "BIG"), (ROOT, "."), (Path(sys.executable).parent, "bin")):
             text = text.replace(str(path.resolve()), name).replace(str(path), name)
         text = re.sub(r"\.venv/bin/", "", text)
+        text = re.sub(rf"{re.escape(tempfile.gettempdir())}/tmp\w+", "TMP", text)
         return text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
 
     def _start(self, command: list[str], case: Case) -> tuple[int | None, str]:
@@ -155,11 +156,16 @@ class Runner:
         return status, said.decode(errors="replace")
 
 
-def page(ends: list[Ended]) -> str:
+def commit() -> str:
+    """The commit that is checked out."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def page(ends: list[Ended], of: str) -> str:
     """The page, a table a command."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     head = PAGE.format(
-        date=time.strftime("%Y-%m-%d", time.gmtime()), commit=commit.strip() or "unknown", count=len(ends),
+        date=time.strftime("%Y-%m-%d", time.gmtime()), commit=of, count=len(ends),
         bad=sum(end.bad for end in ends),
     )  # fmt: skip
     lines = [head]
@@ -183,6 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--at-once", type=int, default=2, metavar="N", help="commands at a time (default: 2)")
     args = parser.parse_args(argv)
     cases = [case for case in all_cases() if not args.only or any(case.command.startswith(o) for o in args.only)]
+    of = commit()
     with tempfile.TemporaryDirectory(prefix="failures_") as home, ThreadPoolExecutor(args.at_once) as pool:
         runner = Runner(Path(home))
         ends = []
@@ -192,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{mark}{end.case.command}; {end.case.fault}: {end.status}: {end.words}", file=sys.stderr, flush=True)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(page(ends))
+        args.out.write_text(page(ends, of))
     bad = [f"{end.case.command}: {end.case.fault}" for end in ends if end.bad]
     print(json.dumps({"runs": len(ends), "bad": bad}))
     return int(bool(bad))

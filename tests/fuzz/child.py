@@ -12,7 +12,8 @@ import traceback
 import warnings
 from pathlib import Path
 
-from tests.fuzz.kinds import KINDS, Case, WrongError, template
+from tests.fuzz.case import Case, WrongError, template
+from tests.fuzz.kinds import KINDS
 
 
 def _run(main, words: list[str]) -> tuple[int, str]:
