@@ -14,7 +14,7 @@ from pathlib import Path
 
 import train
 from gpu_etl.__main__ import main as gpu_etl
-from model.placement import main as sharding
+from model.plan_command import main as sharding
 from tests.reference import write_rows
 
 GPU_ETL, BENCH, SHARDING = ("-m", "gpu_etl"), ("-m", "bench"), ("-m", "model.sharding")

@@ -14,7 +14,7 @@ import numpy as np
 
 import train
 from gpu_etl.manifest import describe_file
-from model.placement import main as sharding
+from model.plan_command import main as sharding
 from model.state import _digest
 from tests.fuzz.case import FLAGS, TINY, Case, WrongError
 from tests.fuzz.raw import bombs, parquet, squeezed, text
