@@ -32,10 +32,10 @@ from gpu_etl.cluster_tasks import (
 from gpu_etl.cluster_watch import Call, Watch, ask
 from gpu_etl.encoding import day_shifts, pieces
 from gpu_etl.errors import BadRowError
-from gpu_etl.extract import Source
 from gpu_etl.parts import Part
 from gpu_etl.prefetch import OneBehind
 from gpu_etl.settings import Settings
+from gpu_etl.source import Source
 from gpu_etl.tally import Tally
 
 TASK_ROWS = 1 << 17

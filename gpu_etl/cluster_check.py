@@ -17,8 +17,9 @@ from gpu_etl import cluster_code, cluster_probe
 from gpu_etl.cluster_tasks import CODE_DIGEST
 from gpu_etl.cluster_watch import ASK_SECONDS, CANCELLED, LOOK_SECONDS, NAMED, QUIET_SECONDS, ask
 from gpu_etl.errors import DataError
-from gpu_etl.extract import Source, kind_of
+from gpu_etl.extract import kind_of
 from gpu_etl.settings import Settings
+from gpu_etl.source import Source
 
 for travelling in (cluster_probe, cluster_code):
     cloudpickle.register_pickle_by_value(travelling)

@@ -17,17 +17,19 @@ from gpu_etl import backend, shared_files, vocabulary
 from gpu_etl.cluster_probe import code_digest, code_root
 from gpu_etl.counting import CountPass
 from gpu_etl.errors import DataError, KeepWorkError, WorkDamagedError
-from gpu_etl.extract import Source
 from gpu_etl.integrity import add, check_file, identity, numbered_sum, rows_sum
 from gpu_etl.journal import Journal
 from gpu_etl.manifest import describe_file
 from gpu_etl.memory import Reused
+from gpu_etl.numbered import first_number, words_of
 from gpu_etl.parts import Part
+from gpu_etl.random_keys import keys_of
 from gpu_etl.schema import COLUMNS, RECORD_DTYPE, SPARSE, Preset
 from gpu_etl.settings import Settings, without_bad_rows
-from gpu_etl.shuffle import Buckets, keys_of
+from gpu_etl.shuffle import Buckets
+from gpu_etl.source import Source
 from gpu_etl.sources import located
-from gpu_etl.spill import Spill, first_number, words_of
+from gpu_etl.spill import Spill
 from gpu_etl.tally import Tally
 from gpu_etl.vocabulary import ColumnCounts, Counts
 from gpu_etl.workfolder import JOB, JOURNAL, clear

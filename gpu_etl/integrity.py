@@ -17,9 +17,10 @@ from common import typed
 from gpu_etl.errors import WorkDamagedError
 from gpu_etl.jit import compiled
 from gpu_etl.manifest import describe_file
+from gpu_etl.numbered import NUMBER_WORDS, NUMBERED, words_of
+from gpu_etl.random_keys import mix64
 from gpu_etl.schema import COLUMNS, FIRST_SPARSE
-from gpu_etl.shuffle import NUMBER_WORDS, Buckets, mix64
-from gpu_etl.spill import NUMBERED, words_of
+from gpu_etl.shuffle import Buckets
 
 SUM_MASK = (1 << 64) - 1
 READ_ROWS = 1 << 12
@@ -68,7 +69,7 @@ def rows_sum(coded: np.ndarray, first_number: int) -> int:
 
 
 def add_to_buckets(numbered: np.ndarray, ends: np.ndarray, sums: np.ndarray) -> int:
-    """Add the digests of rows that shuffle.group() made to the sums of their buckets, uint64 [buckets], in place.
+    """Add the digests of rows that numbered.group() made to the sums of their buckets, uint64 [buckets], in place.
     Returns the sum of all of them."""
     return int(_sum_buckets(words_of(numbered).view(np.uint32), ends, sums))
 

@@ -22,9 +22,9 @@ from tqdm import tqdm
 from gpu_etl import codecs
 from gpu_etl.errors import DataError
 from gpu_etl.jit import compiled
+from gpu_etl.random_keys import GOLDEN_GAMMA, mix64, row_keys
 from gpu_etl.rows import NEWLINE, TAB, ZERO, hash32
 from gpu_etl.schema import DENSE, SPARSE
-from gpu_etl.shuffle import GOLDEN_GAMMA, mix64, row_keys
 
 TRUTH_FILE = "truth.json"
 CHUNK_ROWS = 1 << 16

@@ -13,14 +13,14 @@ from typing_extensions import TypedDict
 from common import typed
 from gpu_etl import backend, formats, manifest, vocabulary
 from gpu_etl.errors import DataError, KeepWorkError, WorkDamagedError
-from gpu_etl.extract import Source
 from gpu_etl.integrity import identity, read_json, write_json
 from gpu_etl.journal import Journal
+from gpu_etl.numbered import NUMBERED
 from gpu_etl.schema import RECORD_BYTES, Preset
 from gpu_etl.settings import Settings, without_bad_rows
 from gpu_etl.shuffle import bucket_count
+from gpu_etl.source import Source
 from gpu_etl.sources import Recorded, Stamp, check_same, located, unproven
-from gpu_etl.spill import NUMBERED
 
 WORK, JOB, JOURNAL = ".work", "job.json", "journal.jsonl"
 ASSUMED_ROW_BYTES = {".gz": 80, ".zst": 70, ".parquet": 60}  # of such a file, to guess at its rows; text: below

@@ -34,8 +34,8 @@ from gpu_etl import (
 )
 from gpu_etl.errors import DataError
 from gpu_etl.pipeline import Settings, encode_days
+from gpu_etl.random_keys import start_of_keys
 from gpu_etl.schema import choose_preset
-from gpu_etl.shuffle import start_of_keys
 from tests import reference
 from tests.gpu_etl import fake_driver
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpu_etl import spill
+from gpu_etl import append
+from gpu_etl.append import Appended
 from gpu_etl.doctor.specification import write_rows
-from gpu_etl.spill import Appended
 from tests.conftest import ROOT
 
 LIMIT = 80
@@ -54,7 +54,7 @@ def test_an_encode_under_a_low_limit(tmp_path):
     most, few = encoded(days, tmp_path / "few", LIMIT)
     many, plain = encoded(days, tmp_path / "many", 1000)
     assert few == plain
-    assert most < LIMIT and many < spill.MAX_OPEN + 64
+    assert most < LIMIT and many < append.MAX_OPEN + 64
 
 
 def open_files() -> int:
@@ -72,7 +72,7 @@ def paths(tmp_path):
 def test_what_is_appended_to_thousands_of_files(paths):
     before, rows = open_files(), np.arange(2 * len(paths)).reshape(2, -1)
     first, second = Appended(paths[:2900]), Appended(paths[2900:])
-    share = min(spill.MAX_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // spill.LIMIT_SHARE)
+    share = min(append.MAX_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // append.LIMIT_SHARE)
     for row in rows:
         for place in range(len(paths)):
             files, at = (first, place) if place < 2900 else (second, place - 2900)

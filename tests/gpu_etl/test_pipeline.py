@@ -16,9 +16,11 @@ import pytest
 from gpu_etl import counting, cpu, extract, manifest, splits
 from gpu_etl.errors import DataError
 from gpu_etl.memory import Reused
+from gpu_etl.numbered import group
 from gpu_etl.pipeline import Settings, encode_days
+from gpu_etl.random_keys import keys_of, row_keys
 from gpu_etl.schema import PRESETS, choose_preset, split_file
-from gpu_etl.shuffle import Buckets, group, keys_of, row_keys
+from gpu_etl.shuffle import Buckets
 from gpu_etl.verify import verify
 from tests import reference
 from tests.conftest import ROOT
