@@ -11,6 +11,7 @@ import os
 import stat
 from dataclasses import fields, is_dataclass
 from functools import cache
+from math import isinf
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -44,6 +45,13 @@ def _no_number(name: str):
     raise ValueError(f"{name} is no number of JSON")
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if isinf(number):  # 1e999
+        raise ValueError(f"{text[:SHOWN]} is too large a number")
+    return number
+
+
 def read_file(path: str | Path, error: type[Exception], most: int = MOST_BYTES) -> bytes:
     """All bytes of a small file. Raises `error` where it is none that can be read to an end (a pipe, a device), or has
     more than `most` bytes; OSError, with its name, as open() does."""
@@ -62,7 +70,7 @@ def parse_json(text: str | bytes, where: str, error: type[Exception]) -> Any:
     """The value that a JSON text holds. Raises `error`, naming `where`, for text that is no JSON, for NaN and Infinity,
     and for a key that is there twice."""
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
     except (ValueError, RecursionError) as failed:  # bytes that are no text, and text that is no JSON, are ValueErrors
         raise error(f"{where}: damaged, or not JSON: {failed}") from failed
 
