@@ -25,23 +25,26 @@ import torch
 import torch.distributed as dist
 
 import train
+from common.numbers import number, whole
 from gpu_etl.load.identity import sample
-from model import checkpoint, flags, memory, options, placement, runs
+from model import memory
+from model.checkpoint import files as checkpoint, runs
+from model.checkpoint.manager import Keeper
+from model.checkpoint.state import State
+from model.cli import flags, options
+from model.cli.parser import Boolean
 from model.config import ConfigError, ModelConfig
-from model.distributed import RankKeeper, RankLoader, RankTrainer, make_model
+from model.distributed.heartbeat import Watch
+from model.distributed.process_group import BACKENDS, choose_device, join
+from model.distributed.trainer import RankKeeper, RankLoader, RankTrainer, make_model
 from model.dlrm import DLRM
-from model.embedding import Storage
-from model.keeper import Keeper
-from model.numbers import number, whole
-from model.optimizers import Optimizer
+from model.layers.embedding import Storage
+from model.layers.optimizers import Optimizer
 from model.outcome import StoppedError, explain, say, sigterm_raises, tell
-from model.parser import Boolean
-from model.plan_report import show
-from model.predict import MACHINES, Job
-from model.ranks import BACKENDS, choose_device, join
-from model.sharding import Plan, read_plan
-from model.state import State
-from model.watch import Watch
+from model.planner import placement
+from model.planner.cost_model import MACHINES, Job
+from model.planner.plan import Plan, read_plan
+from model.planner.report import show
 
 WIRES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Flags that ranks need not have in common: paths on their machine, what is theirs to choose, what only rank 0 uses.

@@ -21,29 +21,31 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from gpu_etl.bad_rows import BadRows
-from gpu_etl.errors import DataError
+from gpu_etl.common.errors import DataError
 from gpu_etl.load.batch import Batch
-from gpu_etl.load.cpu import CpuLoader
 from gpu_etl.load.dataset import DataSet, open_dataset
 from gpu_etl.load.identity import meaning, rows_digest, sample
+from gpu_etl.load.plain import CpuLoader
 from gpu_etl.load.raw import RawDay
 from gpu_etl.load.resident import ResidentLoader
 from gpu_etl.load.scores import ScoreWriter
-from gpu_etl.part_files import is_day
+from gpu_etl.passes.bad_rows import BadRows
+from gpu_etl.raw.part_files import is_day
 from gpu_etl.schema import DENSE, SPARSE
-from model import checkpoint, flags, memory, modes, options, outcome, runs
+from model import memory, outcome
+from model.checkpoint import files as checkpoint, runs
+from model.checkpoint.manager import Keeper
+from model.checkpoint.runs import RunState
+from model.checkpoint.state import State
+from model.cli import flags, modes, options
 from model.config import ConfigError, ModelConfig, read_config
-from model.device import choose_device, set_threads
 from model.dlrm import DLRM
-from model.keeper import Keeper
+from model.layers.optimizers import Optimizer
 from model.metrics import Metrics
-from model.mlperf_log import MLPerfLog
-from model.optimizers import Optimizer
 from model.outcome import say
-from model.runs import RunState
-from model.state import State
-from model.trainer import Trainer
+from model.training.device import choose_device, set_threads
+from model.training.mlperf_log import MLPerfLog
+from model.training.trainer import Trainer
 
 EXPECTED = (DataError,)  # beside what outcome.explain() knows: its message says it all
 

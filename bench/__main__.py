@@ -8,7 +8,7 @@ import sys
 from bench import machine
 from bench.command import BenchError
 from common.jsonable import jsonable
-from gpu_etl import outcome
+from gpu_etl.commands import outcome
 from model.config import ConfigError
 
 # Only the one that is asked for is imported: each has needs of its own.

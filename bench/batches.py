@@ -4,8 +4,8 @@ import numpy as np
 import torch
 
 from gpu_etl.load.batch import Batch
+from gpu_etl.raw.synthetic import POPULARITY
 from gpu_etl.schema import DENSE
-from gpu_etl.synthetic import POPULARITY
 from model.config import ModelConfig
 
 FRESH_BATCHES = 8  # rotated, so that no step finds its rows in the cache because the last one used them

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 from bench.command import Finished, run
-from gpu_etl import codecs
-from gpu_etl.backend import DEVICES
-from gpu_etl.packages import install_command, is_there
+from gpu_etl.backend.select import DEVICES
+from gpu_etl.common import codecs
+from gpu_etl.common.packages import install_command, is_there
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

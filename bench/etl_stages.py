@@ -15,20 +15,20 @@ from types import ModuleType
 
 import numpy as np
 
-from gpu_etl import cpu
-from gpu_etl.append import append, open_cut
-from gpu_etl.codecs import read_gzip
-from gpu_etl.counting import CountPass
-from gpu_etl.extract import open_sources, read_day
-from gpu_etl.journal import Journal
-from gpu_etl.memory import Reused
-from gpu_etl.numbered import NUMBERED
-from gpu_etl.prefetch import Crew
-from gpu_etl.random_keys import keys_of
+from gpu_etl.backend.cpu import slab as cpu
+from gpu_etl.common.append import append, open_cut
+from gpu_etl.common.buffers import Reused
+from gpu_etl.common.codecs import read_gzip
+from gpu_etl.common.threads import Crew
+from gpu_etl.passes.buckets import Buckets
+from gpu_etl.passes.count import CountPass
+from gpu_etl.passes.journal import Journal
+from gpu_etl.raw.reader import open_sources, read_day
+from gpu_etl.raw.synthetic import write_days
+from gpu_etl.rows.numbered import NUMBERED
+from gpu_etl.rows.random_keys import keys_of
+from gpu_etl.rows.statistics import Summary
 from gpu_etl.schema import COLUMNS, SPARSE, choose_preset
-from gpu_etl.shuffle import Buckets
-from gpu_etl.synthetic import write_days
-from gpu_etl.tally import Summary
 
 CORES, BUCKETS, THREADS = 16, 32, (1, 2)
 PREDICTION = (
@@ -171,7 +171,7 @@ def _whole_pass(folder: Path, device: ModuleType, threads: int) -> None:
 
 def predict(rates: dict[str, float]) -> dict:
     """rates: GB/s of text a core by stage -> those of each host stage and pass on CORES cores, and what limits."""
-    from gpu_etl import cuda
+    from gpu_etl.backend.cuda import slab as cuda
 
     readers, writers = CORES // cuda.CORES_PER_READER, CORES // cuda.CORES_PER_WRITER
     threads = {

@@ -4,7 +4,7 @@ import sys
 from io import BytesIO
 from types import ModuleType
 
-from gpu_etl.packages import install_command
+from gpu_etl.common.packages import install_command
 from gpu_etl.schema import COLUMN_NAMES, COLUMNS, FIRST_SPARSE
 
 

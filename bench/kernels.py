@@ -79,17 +79,17 @@ def pretend(capability: tuple[int, int]) -> None:
 
 def kernels() -> list:
     """Every kernel of the encoder; those that come in a variant a type, in that of the usual columns."""
-    from gpu_etl import (
-        cuda,
-        cuda_dictionary,
-        cuda_direct,
-        cuda_encode,
-        cuda_keep,
-        cuda_new_keys,
-        cuda_parquet,
-        cuda_rows,
+    from gpu_etl.backend.cuda import (
+        dictionary as cuda_dictionary,
+        encode as cuda_encode,
+        gds as cuda_direct,
+        keep as cuda_keep,
+        new_keys as cuda_new_keys,
+        parquet as cuda_parquet,
+        parse as cuda_rows,
+        slab as cuda,
     )
-    from gpu_etl.cuda_kernel import Kernel
+    from gpu_etl.backend.cuda.kernel import Kernel
 
     modules = cuda, cuda_dictionary, cuda_direct, cuda_encode, cuda_keep, cuda_new_keys, cuda_parquet, cuda_rows
     found = {item.name: item for module in modules for item in vars(module).values() if isinstance(item, Kernel)}

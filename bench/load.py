@@ -16,19 +16,19 @@ import torch
 from bench import load_show, machine
 from bench.command import BenchError
 from bench.load_peers import Blocks, data_loader, per_row
-from gpu_etl.load.cpu import CpuLoader
+from gpu_etl.common.packages import install_command, is_there, require
 from gpu_etl.load.dali import DaliLoader
 from gpu_etl.load.dataset import DataSet, open_dataset
+from gpu_etl.load.plain import CpuLoader
 from gpu_etl.load.resident import ResidentLoader
 from gpu_etl.load.sources import Source
 from gpu_etl.load.unpack import CHUNK_ROWS, empty_block
-from gpu_etl.packages import install_command, is_there, require
 from gpu_etl.schema import COLUMNS, DENSE, FIRST_DENSE, FIRST_SPARSE, RECORD_DTYPE
 from model.config import ModelConfig, read_config
-from model.device import choose_device
 from model.dlrm import DLRM
-from model.schedule import Schedule
-from model.trainer import Precision, Trainer
+from model.training.device import choose_device
+from model.training.schedule import Schedule
+from model.training.trainer import Precision, Trainer
 
 PEER = "DataLoader, blocks"  # ratios are to this one
 NO_DISK = ("device-resident", "DataLoader, rows")  # one reads nothing, of the other too little is read

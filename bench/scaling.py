@@ -19,17 +19,17 @@ from bench.machine import ROOT
 from bench.train_limits import matrix_operations
 from common.jsonable import jsonable
 from gpu_etl.load.batch import rank_range
-from model import placement
 from model.config import read_config
-from model.distributed import RankLoader, RankTrainer, make_model
+from model.distributed.all_to_all import Exchange
+from model.distributed.gradient_reducer import GradientReducer
+from model.distributed.process_group import Ranks, choose_device, join
+from model.distributed.sharded_embedding import ShardedEmbedding
+from model.distributed.trainer import RankLoader, RankTrainer, make_model
 from model.dlrm import DLRM
-from model.exchange import Exchange
-from model.predict import MACHINES, Job, alone, exchange_bytes, rank_bytes, step_seconds
-from model.ranks import Ranks, choose_device, join
-from model.reduction import GradientReducer
-from model.schedule import Schedule
-from model.sharded import ShardedEmbedding
-from model.trainer import Precision, Trainer
+from model.planner import placement
+from model.planner.cost_model import MACHINES, Job, alone, exchange_bytes, rank_bytes, step_seconds
+from model.training.schedule import Schedule
+from model.training.trainer import Precision, Trainer
 
 # What a rank does in a step, by the function that does it; what is left of forward and backward are the MLPs and the
 # interaction, and for one process alone the tables too.

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpu_etl.packages import is_there
+from gpu_etl.common.packages import is_there
 
 DAYS = 8  # synthetic days are written by a thread each
 

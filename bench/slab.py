@@ -13,10 +13,10 @@ import numpy as np
 
 from bench import frames
 from bench.kernels import ROW_BYTES
-from gpu_etl import backend
-from gpu_etl.memory import Reused
+from gpu_etl.backend import select as backend
+from gpu_etl.common.buffers import Reused
+from gpu_etl.raw.synthetic import write_days
 from gpu_etl.schema import COLUMNS, FIRST_SPARSE, choose_preset
-from gpu_etl.synthetic import write_days
 
 COPY_BYTES = 256 << 20
 BUCKETS = 64

@@ -19,9 +19,9 @@ from bench.batches import FRESH_BATCHES, fit_tables, make_ids
 from bench.command import BenchError
 from bench.train_limits import mlp_operations
 from model.config import ModelConfig, read_config
-from model.embedding import JointEmbedding, Storage
 from model.kernels.cost import BUS, H200, Cost, Shape
-from model.optimizers import Optimizer
+from model.layers.embedding import JointEmbedding, Storage
+from model.layers.optimizers import Optimizer
 
 CAPABILITIES = ("8.0", "9.0", "10.0")
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)")

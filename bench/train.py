@@ -20,13 +20,13 @@ from bench import train_limits, train_show
 from bench.batches import draw_ids, fit_tables
 from bench.timing import Laps
 from bench.train_peers import GRAPH, OURS, ours, peers
-from gpu_etl.load.cpu import CpuLoader
+from gpu_etl.common.packages import require
 from gpu_etl.load.dataset import RecordFile
-from gpu_etl.packages import require
+from gpu_etl.load.plain import CpuLoader
 from gpu_etl.schema import COLUMNS, FIRST_SPARSE, RECORD_DTYPE
 from model.config import ModelConfig, read_config
-from model.device import choose_device
-from model.trainer import Precision, Trainer
+from model.training.device import choose_device
+from model.training.trainer import Precision, Trainer
 
 BATCHES = 8  # different ones, read in turns: no step finds its rows in the cache because the last one used them
 # Steps before measuring (a CUDA graph is recorded for each slot after some), in one turn, and measured at least.

@@ -7,9 +7,9 @@ from torch import nn
 
 from model.config import ModelConfig
 from model.dlrm import DLRM
-from model.optimizers import Optimizer
-from model.schedule import Schedule
-from model.trainer import Precision, Trainer
+from model.layers.optimizers import Optimizer
+from model.training.schedule import Schedule
+from model.training.trainer import Precision, Trainer
 
 LR = 0.1
 OURS, GRAPH = "ours", "ours, CUDA graph"

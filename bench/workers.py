@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bench.command import BenchError, Finished, run
-from gpu_etl.manifest import Manifest
-from gpu_etl.packages import require
+from gpu_etl.common.packages import require
+from gpu_etl.dataset.manifest import Manifest
 
 DAYS = 4
 

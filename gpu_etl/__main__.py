@@ -16,17 +16,18 @@ import os
 import sys
 import time
 
-from gpu_etl import outcome, packages
+from gpu_etl.commands import outcome
+from gpu_etl.common import packages
 
 
 def encode(args: argparse.Namespace) -> dict:
     """Run the encode command; returns its results."""
     # Threads that wait for the next parallel loop would otherwise spin on the cores where files are read and written.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from gpu_etl import flags
-    from gpu_etl.inputs import expand, list_days
+    from gpu_etl.commands import flags
+    from gpu_etl.commands.encode_summary import summary
     from gpu_etl.pipeline import encode_days
-    from gpu_etl.report import summary
+    from gpu_etl.raw.paths import expand, list_days
 
     start = time.perf_counter()
     days = expand(args.inputs)
@@ -52,7 +53,7 @@ def encode(args: argparse.Namespace) -> dict:
 
 def synth(args: argparse.Namespace) -> dict:
     """Run the synth command; returns its results."""
-    from gpu_etl.synthetic import write_days
+    from gpu_etl.raw.synthetic import write_days
 
     start = time.perf_counter()
     truth = write_days(args.out, rows=args.rows, days=args.days, seed=args.seed, compress=args.gzip,
@@ -64,7 +65,7 @@ def verify(args: argparse.Namespace) -> dict:
     """Run the verify command; returns its results."""
     from tqdm import tqdm
 
-    from gpu_etl.verify import verify as check
+    from gpu_etl.commands.verify import verify as check
 
     with tqdm(unit="rows", unit_scale=True, desc="verify", file=sys.stderr) as bar:
         return {"set": str(args.set), **check(args.set, bar.update)}
@@ -76,8 +77,8 @@ def inspect(args: argparse.Namespace) -> dict:
 
     if args.png:
         packages.require("matplotlib", "--png")
-    from gpu_etl.inspect import inspect as look
-    from gpu_etl.inspect_show import plot, table
+    from gpu_etl.commands.inspect import inspect as look
+    from gpu_etl.commands.inspect_report import plot, table
 
     with tqdm(unit="rows", unit_scale=True, desc="inspect", file=sys.stderr, leave=False) as bar:
         found = look(args.set, bar.update)
@@ -103,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
     go_on = ""
     with outcome.signals():
         try:
-            from gpu_etl import flags  # a second of imports, in which Ctrl-C is no traceback either
+            from gpu_etl.commands import flags  # a second of imports, in which Ctrl-C is no traceback either
 
             args = flags.build_parser(__doc__).parse_args(argv)
             go_on = GO_ON.get(args.command, "")

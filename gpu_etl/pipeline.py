@@ -10,21 +10,24 @@ from types import ModuleType
 
 import numpy as np
 
-from gpu_etl import backend, formats, integrity, kept, manifest, splits, vocabulary
-from gpu_etl.counting import CountPass
-from gpu_etl.encoding import EncodePass, day_shifts, scatter
-from gpu_etl.errors import BadRowError, DataError, DeviceMemoryError, KeepWorkError
-from gpu_etl.extract import open_sources
-from gpu_etl.journal import Journal
-from gpu_etl.prefetch import Crew
-from gpu_etl.publish import publish, stamps
+from gpu_etl.backend import select as backend
+from gpu_etl.common.errors import BadRowError, DataError, DeviceMemoryError, KeepWorkError
+from gpu_etl.common.threads import Crew
+from gpu_etl.dataset import formats, manifest
+from gpu_etl.passes import integrity, kept
+from gpu_etl.passes.buckets import Buckets
+from gpu_etl.passes.count import CountPass
+from gpu_etl.passes.encode import EncodePass, day_shifts, scatter
+from gpu_etl.passes.journal import Journal
+from gpu_etl.passes.publish import publish, stamps
+from gpu_etl.passes.settings import Settings
+from gpu_etl.passes.work_dir import JOB, JOURNAL, WORK, describe_job, finished, guess_rows, prepare, remove, until_sound
+from gpu_etl.raw.reader import open_sources
+from gpu_etl.raw.source import Source
+from gpu_etl.raw.stamps import Stamp, check_unchanged
+from gpu_etl.rows import splits, vocabulary
+from gpu_etl.rows.statistics import Tally
 from gpu_etl.schema import FIRST_DENSE
-from gpu_etl.settings import Settings
-from gpu_etl.shuffle import Buckets
-from gpu_etl.source import Source
-from gpu_etl.sources import Stamp, check_unchanged
-from gpu_etl.tally import Tally
-from gpu_etl.workfolder import JOB, JOURNAL, WORK, describe_job, finished, guess_rows, prepare, remove, until_sound
 
 IDS = "ids.npz"
 
@@ -132,7 +135,7 @@ def _run_on_cluster(
     work: Path, out: Path, sources: list[Source], settings: Settings, job: dict, report: Report
 ) -> manifest.Manifest:
     """Both passes as tasks of several processes, and the final names."""
-    from gpu_etl.cluster import Cluster  # Dask: a second that other runs need not wait for
+    from gpu_etl.cluster.driver import Cluster  # Dask: a second that other runs need not wait for
 
     with Cluster(sources, settings, work, job["buckets"]) as cluster:
         with report.stage("count"):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from common import typed
-from gpu_etl.errors import DataError
+from gpu_etl.common.errors import DataError
 
 DENSE = 13
 SPARSE = 26

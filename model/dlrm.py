@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from model.config import ModelConfig
-from model.embedding import JointEmbedding, Storage, TorchEmbedding
-from model.fused import fusible, lookup_dot
-from model.interaction import CatInteraction, CrossInteraction, DotInteraction
-from model.optimizers import Optimizer
+from model.layers.embedding import JointEmbedding, Storage, TorchEmbedding
+from model.layers.fused_lookup import fusible, lookup_dot
+from model.layers.interaction import CatInteraction, CrossInteraction, DotInteraction
+from model.layers.optimizers import Optimizer
 
 
 def mlp(inputs: int, sizes: tuple[int, ...], last_relu: bool) -> nn.Sequential:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from model import atomic
+from common import atomic
 from model.config import ConfigError
 from model.dlrm import DLRM
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from model.config import ConfigError, ModelConfig
-from model.optimizers import Optimizer
+from model.layers.optimizers import Optimizer
 
 # torch's own class covers its allocator on a GPU only. The rest: its allocator on a CPU, the CUDA runtime and driver
 # (Triton's launches, graphs, pinned memory), and the libraries that allocate a workspace.

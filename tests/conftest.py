@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gpu_etl.packages import install_command, is_there
+from gpu_etl.common.packages import install_command, is_there
 from tests.reference import write_rows
 
 ROOT = Path(__file__).parent.parent

@@ -44,7 +44,7 @@ def _call(rank, world, port, pipe, work, device):
     _enter(rank, world, port)
     import torch.distributed as dist
 
-    from model import ranks
+    from model.distributed import process_group as ranks
 
     try:
         store, *_ = next(iter(dist.rendezvous("env://")))

@@ -11,10 +11,10 @@ import torch
 from bench import train, train_limits, train_peers
 from gpu_etl.load.batch import Batch
 from gpu_etl.pipeline import Settings, encode_days
+from gpu_etl.raw.synthetic import write_days
 from gpu_etl.schema import SPLITS, split_file
-from gpu_etl.synthetic import write_days
 from model.config import ModelConfig, read_config
-from model.trainer import Precision
+from model.training.trainer import Precision
 from tests.conftest import ROOT
 
 SMALL = {

@@ -11,7 +11,8 @@ import time
 import pytest
 
 from gpu_etl.pipeline import Settings, encode_days
-from model import checkpoint, watch
+from model.checkpoint import files as checkpoint
+from model.distributed import heartbeat as watch
 from tests.conftest import ROOT
 from tests.ranks import run_main
 from tests.test_dist_faults import SOON, at_step, ends_soon, flags, torchrun

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from gpu_etl.pipeline import Settings, encode_days
-from model import checkpoint
-from model.distributed import RankTrainer
+from model.checkpoint import files as checkpoint
+from model.distributed.trainer import RankTrainer
 from tests.conftest import ROOT
 from tests.ranks import free_port, run_main
 from tests.test_kill_training import digests

@@ -8,7 +8,7 @@ import torch
 import dist_train
 import train
 from gpu_etl.pipeline import Settings, encode_days
-from model.schedule import Schedule
+from model.training.schedule import Schedule
 from tests.conftest import needs
 from tests.ranks import run_main
 

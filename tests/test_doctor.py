@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpu_etl import cpu
+from gpu_etl.backend.cpu import slab as cpu
 from gpu_etl.doctor import checks, doctor, machine, processes, slab, slow, whole
 from gpu_etl.doctor.checks import Check
 from model.selfcheck import steps
@@ -21,10 +21,10 @@ from tests.conftest import ROOT, needs
 
 SIMULATE = """
 import sys, warnings
-from gpu_etl import cuda_kernel
+from gpu_etl.backend.cuda import kernel as cuda_kernel
 
 cuda_kernel.THREADS = 8  # a thread of the simulator is one of the operating system
-from gpu_etl import cuda_dictionary
+from gpu_etl.backend.cuda import dictionary as cuda_dictionary
 
 cuda_dictionary.HOT, cuda_dictionary.FIRST_SLOTS = 4, 16
 warnings.filterwarnings("ignore", "overflow encountered")  # uint64 wraps around, as it should

@@ -18,7 +18,8 @@ import torch
 import train
 from gpu_etl.pipeline import Settings, encode_days
 from gpu_etl.schema import COLUMN_NAMES
-from model import checkpoint, inference, outcome
+from model import inference, outcome
+from model.checkpoint import files as checkpoint
 from model.dlrm import DLRM
 from tests.conftest import ROOT, needs
 from tests.model.helpers import small_config

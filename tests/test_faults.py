@@ -31,7 +31,7 @@ CHILD = """
 import errno, os, sys
 import train
 from gpu_etl.load import order, sources
-from model import trainer
+from model.training import trainer
 
 fault, path, *words = sys.argv[1:]
 order.UNIT_ROWS = 1

@@ -7,7 +7,8 @@ import pytest
 import dist_train
 import train
 from gpu_etl.pipeline import Settings, encode_days
-from model import flags, plan_command
+from model.cli import flags
+from model.planner import __main__ as plan_command
 
 VALUES = ["nan", "inf", "-inf", "-1", "-0.5", "0", "1e20", "1e300", "1e400", str(10**20), "x", "", "1,5", "0x10",
           "1_000", "٣"]  # fmt: skip

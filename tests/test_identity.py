@@ -15,7 +15,8 @@ from pyarrow import parquet as pq
 import train
 from gpu_etl.pipeline import Settings, encode_days
 from gpu_etl.schema import choose_preset
-from model import checkpoint, logs
+from model.checkpoint import files as checkpoint
+from model.training import run_log as logs
 from tests.conftest import ROOT
 from tests.test_kill_training import digests
 

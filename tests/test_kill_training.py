@@ -27,7 +27,8 @@ CHILD = """
 import os, signal, sys
 import safetensors.torch
 import train
-from model import checkpoint, trainer
+from model.checkpoint import files as checkpoint
+from model.training import trainer
 
 point, number, *words = sys.argv[1:]
 point, number = int(point), int(number)

@@ -10,8 +10,8 @@ import torch
 from gpu_etl.pipeline import Settings, encode_days
 from model import memory
 from model.config import ConfigError
-from model.embedding import JointEmbedding
-from model.optimizers import Optimizer
+from model.layers.embedding import JointEmbedding
+from model.layers.optimizers import Optimizer
 from tests.conftest import ROOT
 from tests.model.helpers import small_config
 
@@ -94,8 +94,8 @@ def test_other_errors_pass():
 
 CHILD = """
 import sys, torch, train
-from model import trainer
-from model.embedding import _Tables
+from model.training import trainer
+from model.layers.embedding import _Tables
 
 def no_memory(*_):
     raise torch.OutOfMemoryError(sys.argv[2])

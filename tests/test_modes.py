@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import train
-from gpu_etl.load.cpu import CpuLoader
 from gpu_etl.load.dataset import open_dataset
+from gpu_etl.load.plain import CpuLoader
 from gpu_etl.pipeline import Settings, encode_days
+from gpu_etl.raw.synthetic import write_days
 from gpu_etl.schema import PRESETS
-from gpu_etl.synthetic import write_days
-from model import inference, logs
+from model import inference
+from model.training import run_log as logs
 from tests.conftest import ROOT, needs
 
 MODEL = ["--model_config", "criteo_kaggle_tiny"]

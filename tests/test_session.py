@@ -14,8 +14,8 @@ from bench import session
 from bench.__main__ import build_parser
 from bench.same_bytes import differing
 from bench.session_steps import STAGES, Session, Step
-from gpu_etl import flags as etl_flags
-from model import flags as train_flags
+from gpu_etl.commands import flags as etl_flags
+from model.cli import flags as train_flags
 from tests.conftest import ROOT, needs
 
 GPU = Session("cuda", 8_000_000, 5.0, Path("/data"), Path("/out"))

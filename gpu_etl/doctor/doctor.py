@@ -8,11 +8,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 
+from gpu_etl.common.errors import DataError
 from gpu_etl.doctor import machine
 from gpu_etl.doctor.checks import CHECKS, MACHINE, Check, chosen
 from gpu_etl.doctor.child import SKIPPED
 from gpu_etl.doctor.processes import Ended, run, stop_all
-from gpu_etl.errors import DataError
 
 PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
 MOST_AT_ONCE = 6  # processes, each of which compiles on a core or two

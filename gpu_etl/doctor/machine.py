@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
+from gpu_etl.common.packages import install_command, is_there
 from gpu_etl.doctor.processes import run
-from gpu_etl.packages import install_command, is_there
 
 QUERY = "name,memory.total,memory.free,compute_cap,driver_version"
 PROBE_SECONDS = 90

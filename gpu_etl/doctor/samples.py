@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from gpu_etl.doctor.specification import write_rows
-from gpu_etl.synthetic import write_days
+from gpu_etl.raw.synthetic import write_days
 
 DISTINCT = 1000  # rows that are drawn one by one; more are these in another order
 BAD = [b"", b"0", b"2" + b"\t" * 39, b"1" + b"\tx" * 39, b"1" + b"\t99999999999" * 13 + b"\t" * 26, b"1\r", b"\xff" * 9]

@@ -14,12 +14,14 @@ from types import ModuleType
 
 import numpy as np
 
-from gpu_etl import backend, cpu, crc
+from gpu_etl.backend import select as backend
+from gpu_etl.backend.cpu import slab as cpu
+from gpu_etl.common import crc
+from gpu_etl.common.buffers import Reused
 from gpu_etl.doctor import slow
 from gpu_etl.doctor.child import outcome
 from gpu_etl.doctor.samples import texts
-from gpu_etl.memory import Reused
-from gpu_etl.numbered import NUMBERED, first_number
+from gpu_etl.rows.numbered import NUMBERED, first_number
 from gpu_etl.schema import choose_preset
 
 ROWS = {"cpu": 3000, "cuda": 200_000}
@@ -48,7 +50,7 @@ def on_host(array, count: int) -> np.ndarray:
     """What the first `count` rows of a slab have in an array of either side, on the host."""
     if isinstance(array, np.ndarray):
         return array[:count]
-    from gpu_etl.cuda_launch import download
+    from gpu_etl.backend.cuda.launch import download
 
     return download(array)[:count]
 
@@ -183,9 +185,9 @@ def checksum(sides: Sides) -> None:
 
 
 def _crc_by_kernel(text: bytes) -> int:
-    from gpu_etl.cuda_direct import PIECE, _checksums
-    from gpu_etl.cuda_kernel import blocks_for
-    from gpu_etl.cuda_launch import download, launch, upload_array
+    from gpu_etl.backend.cuda.gds import PIECE, _checksums
+    from gpu_etl.backend.cuda.kernel import blocks_for
+    from gpu_etl.backend.cuda.launch import download, launch, upload_array
 
     pieces = -(-len(text) // PIECE)
     crcs, size = upload_array(np.zeros(pieces, np.uint32)), upload_array(np.array([len(text)]))

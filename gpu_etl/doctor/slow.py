@@ -1,16 +1,16 @@
-"""The slab functions of cpu.py in slow, obvious Python over specification.py: what the CPU's are held against.
+"""The slab functions of backend/cpu/slab.py in slow, obvious Python over specification.py: what it is held against.
 
-Values lie on the host, uint32 [n, 40]; see cpu.py for what each function does.
+Values lie on the host, uint32 [n, 40]; see there for what each function does.
 """
 
 import numpy as np
 
-from gpu_etl import rows
 from gpu_etl.doctor import specification
-from gpu_etl.numbered import DAY_SHIFT, NUMBERED
+from gpu_etl.rows import scalar as rows
+from gpu_etl.rows.numbered import DAY_SHIFT, NUMBERED
+from gpu_etl.rows.statistics import Summary
+from gpu_etl.rows.vocabulary import ColumnCounts, Counts
 from gpu_etl.schema import COLUMNS, FIRST_DENSE, FIRST_SPARSE, RECORD_DTYPE, SPARSE
-from gpu_etl.tally import Summary
-from gpu_etl.vocabulary import ColumnCounts, Counts
 
 KINDS = {
     specification.FIELDS: rows.FAULT_FIELDS, specification.LABEL: rows.FAULT_LABEL,

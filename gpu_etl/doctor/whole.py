@@ -12,17 +12,18 @@ from pathlib import Path
 
 import numpy as np
 
-from gpu_etl import backend, cpu
+from gpu_etl.backend import select as backend
+from gpu_etl.backend.cpu import slab as cpu
+from gpu_etl.common.buffers import Reused
+from gpu_etl.common.packages import install_command, is_there
 from gpu_etl.doctor import specification
 from gpu_etl.doctor.child import SkipError, outcome
 from gpu_etl.doctor.samples import day_files, learnable, ragged
 from gpu_etl.doctor.slab import columns, on_host, same
-from gpu_etl.extract import open_sources, read_day
-from gpu_etl.memory import Reused
-from gpu_etl.packages import install_command, is_there
+from gpu_etl.passes.settings import Settings
 from gpu_etl.pipeline import encode_days
+from gpu_etl.raw.reader import open_sources, read_day
 from gpu_etl.schema import COLUMN_NAMES, FIRST_SPARSE, PRESETS, SPLITS, choose_preset, split_file
-from gpu_etl.settings import Settings
 
 ROWS = {"cpu": 1500, "cuda": 20_000}
 SEEDS = {"cpu": range(3), "cuda": range(12)}  # a fault in the keys' types showed with eight of these
@@ -131,9 +132,9 @@ def loaders(device: str, rows: int, folder: Path) -> None:
     """An epoch through DALI against the plain loader, bit for bit."""
     if not is_there("nvidia.dali"):
         raise SkipError(f"DALI is missing: {install_command('nvidia.dali')}")
-    from gpu_etl.load.cpu import CpuLoader
     from gpu_etl.load.dali import DaliLoader
     from gpu_etl.load.dataset import open_dataset
+    from gpu_etl.load.plain import CpuLoader
 
     encode_days(day_files(folder, rows), folder / "set", Settings())
     source = open_dataset(folder / "set").splits["train"]

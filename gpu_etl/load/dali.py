@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from gpu_etl.common.packages import require
 from gpu_etl.load.batch import Batch
 from gpu_etl.load.loader import BlockReader, Loader, Slot, Unpacking, unpacked
 from gpu_etl.load.order import Unit
-from gpu_etl.packages import require
 
 THREADS = 2
 

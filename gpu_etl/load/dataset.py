@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpu_etl import formats, manifest
-from gpu_etl.errors import DataError
-from gpu_etl.formats import ANY_SIZES
+from gpu_etl.common.errors import DataError
+from gpu_etl.dataset import formats, manifest
+from gpu_etl.dataset.formats import ANY_SIZES
 from gpu_etl.load import npy
 from gpu_etl.load.sources import RecordFile, Source, SplitFolder
 from gpu_etl.schema import DENSE, SPLITS, split_file

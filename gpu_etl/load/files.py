@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gpu_etl.errors import DataError
+from gpu_etl.common.errors import DataError
 
 
 class DataFile:

@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from gpu_etl.errors import DataError
+from gpu_etl.common.errors import DataError
+from gpu_etl.dataset.manifest import FILE_NAME, VOCABULARY, Manifest, describe_file
 from gpu_etl.load.dataset import DataSet
-from gpu_etl.manifest import FILE_NAME, VOCABULARY, Manifest, describe_file
 from gpu_etl.schema import DENSE, SPARSE, split_file
 
 SAMPLES, SAMPLE_BYTES = 256, 1 << 16  # of a file of more than 16 MiB

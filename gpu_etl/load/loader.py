@@ -9,13 +9,13 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from gpu_etl.errors import DataError
+from gpu_etl.common.errors import DataError
+from gpu_etl.common.threads import prefetch
 from gpu_etl.load import order
 from gpu_etl.load.batch import Batch
 from gpu_etl.load.order import UNIT_ROWS, Order, Unit
 from gpu_etl.load.sources import Source
 from gpu_etl.load.unpack import DeviceBounds, Memory, OutOfRangeError, Unpacker, empty_block, unpack_block
-from gpu_etl.prefetch import prefetch
 
 PREFETCH = 2  # units
 CHECK_ROWS = 1 << 18

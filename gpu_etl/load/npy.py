@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gpu_etl.errors import DataError
+from gpu_etl.common.errors import DataError
+from gpu_etl.common.npz import read_header
 from gpu_etl.load.files import DataFile
 from gpu_etl.load.sources import Source, check_range
-from gpu_etl.npz import read_header
 from gpu_etl.schema import DENSE, FIRST_DENSE, FIRST_SPARSE, SPARSE
 
 # Part -> the columns it holds, its width, dtypes it may have, the endings of its name.

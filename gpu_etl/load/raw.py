@@ -8,20 +8,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gpu_etl import cpu
-from gpu_etl.bad_rows import BadRows
-from gpu_etl.counting import CODING
-from gpu_etl.errors import DataError
-from gpu_etl.extract import open_sources, read_day
+from gpu_etl.backend.cpu import slab as cpu
+from gpu_etl.common.buffers import Reused
+from gpu_etl.common.errors import DataError
+from gpu_etl.dataset.manifest import VOCABULARY, Manifest
 from gpu_etl.load.batch import Batch, make_batch
 from gpu_etl.load.identity import check_vocabulary
-from gpu_etl.manifest import VOCABULARY, Manifest
-from gpu_etl.memory import Reused
-from gpu_etl.rows import INT32_MAX
+from gpu_etl.passes.bad_rows import BadRows
+from gpu_etl.passes.count import CODING
+from gpu_etl.raw.reader import open_sources, read_day
+from gpu_etl.raw.source import Slab
+from gpu_etl.raw.text import TextSlab
+from gpu_etl.rows.scalar import INT32_MAX
+from gpu_etl.rows.vocabulary import Vocabulary, mark_unseen
 from gpu_etl.schema import COLUMN_NAMES, COLUMNS, FIRST_DENSE, FIRST_SPARSE, SPARSE
-from gpu_etl.source import Slab
-from gpu_etl.text import TextSlab
-from gpu_etl.vocabulary import Vocabulary, mark_unseen
 
 SLAB_BYTES = 4 << 20
 UNSEEN_RULES = ("rare", "popular", "error")

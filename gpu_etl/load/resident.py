@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from gpu_etl.errors import DataError
+from gpu_etl.common.errors import DataError
 from gpu_etl.load.batch import Batch
 from gpu_etl.load.loader import Loader, Unpacking, unpacked
 from gpu_etl.load.sources import Source

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gpu_etl.errors import DataError
+from gpu_etl.common.errors import DataError
 
 
 def _holds_scores(path: Path) -> bool:

@@ -5,20 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from gpu_etl import formats, manifest
-from gpu_etl.errors import DataError
-from gpu_etl.formats import ANY_SIZES, FORMS, ID_DTYPES, Part
+from gpu_etl.common.errors import DataError
+from gpu_etl.dataset import formats, manifest
+from gpu_etl.dataset.formats import ANY_SIZES, FORMS, ID_DTYPES, Part
 from gpu_etl.load.files import DataFile
 from gpu_etl.load.unpack import ANY_ID
-from gpu_etl.schema import (
-    COLUMN_NAMES,
-    COLUMNS,
-    DENSE,
-    FIRST_DENSE,
-    FIRST_SPARSE,
-    RECORD_BYTES,
-    RECORD_DTYPE,
-)
+from gpu_etl.schema import COLUMN_NAMES, COLUMNS, DENSE, FIRST_DENSE, FIRST_SPARSE, RECORD_BYTES, RECORD_DTYPE
 
 Columns = tuple[np.ndarray, np.ndarray, np.ndarray]
 SAMPLE_ROWS = 1 << 12

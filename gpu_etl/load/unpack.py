@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 import torch
 
-from gpu_etl.jit import compiled
+from gpu_etl.common.jit import compiled
 from gpu_etl.load.batch import Batch, log_dense, make_batch
 from gpu_etl.schema import COLUMNS, DENSE, FIRST_DENSE, FIRST_SPARSE, SPARSE
 

@@ -1,8 +1,8 @@
 """Triton kernels of the training step. Importing a module of this room needs triton, which torch's CUDA builds bring
 along; the room itself does not.
 
-The torch code in model/interaction.py, model/optimizers.py and gpu_etl/load/batch.py is their specification. Beside
-each kernel stands what it has to move and to compute at least (cost.py).
+The torch code in model/layers/interaction.py, model/layers/optimizers.py and gpu_etl/load/batch.py is their
+specification. Beside each kernel stands what it has to move and to compute at least (cost.py).
 """
 
 MOST_TABLES, MOST_COLUMNS = 64, 512

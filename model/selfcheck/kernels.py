@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from model.interaction import DotInteraction
 from model.kernels import lookup_interaction, update
 from model.kernels.staging import stage
 from model.kernels.unpack import unpack
-from model.optimizers import NAMES, Optimizer
+from model.layers.interaction import DotInteraction
+from model.layers.optimizers import NAMES, Optimizer
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")

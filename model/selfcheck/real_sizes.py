@@ -2,8 +2,8 @@
 
 import torch
 
-from model.interaction import DotInteraction
 from model.kernels import lookup_interaction, update
+from model.layers.interaction import DotInteraction
 from model.selfcheck.kernels import DEVICE, no_worse
 
 CRITEO = (

@@ -8,10 +8,10 @@ import torch
 
 from model.config import ModelConfig
 from model.dlrm import DLRM
-from model.embedding import Storage
-from model.optimizers import Optimizer
-from model.schedule import Schedule
-from model.trainer import Precision, Trainer
+from model.layers.embedding import Storage
+from model.layers.optimizers import Optimizer
+from model.training.schedule import Schedule
+from model.training.trainer import Precision, Trainer
 
 STEPS, BATCH = 10, {"cpu": 512, "cuda": 2048}
 SIZES = tuple(3 + 37 * c * c for c in range(26))  # 3 to 23,128 rows

@@ -1,7 +1,7 @@
 """Run every public command once with each fault, and write the page that tells how it ended.
 
     python -m tests.failures --out docs/failures.md               all; as root, for full disks and file modes
-    python -m tests.failures --only verify --only "model.sharding"
+    python -m tests.failures --only verify --only "model.planner"
 
 The last line of stdout is one JSON object. Exit status 1 where a command hung or showed a traceback.
 """

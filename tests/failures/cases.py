@@ -14,10 +14,10 @@ from pathlib import Path
 
 import train
 from gpu_etl.__main__ import main as gpu_etl
-from model.plan_command import main as sharding
+from model.planner.__main__ import main as sharding
 from tests.reference import write_rows
 
-GPU_ETL, BENCH, SHARDING = ("-m", "gpu_etl"), ("-m", "bench"), ("-m", "model.sharding")
+GPU_ETL, BENCH, SHARDING = ("-m", "gpu_etl"), ("-m", "bench"), ("-m", "model.planner")
 TRAIN, DIST = ("train.py",), ("-m", "torch.distributed.run", "--nproc_per_node=2", "dist_train.py")
 FLAGS = ("--model_config", "criteo_kaggle_tiny", "--threads", "1", "--batch_size", "128", "--test_batch_size", "256",
          "--lr", "0.1", "--warmup_steps", "2", "--epochs", "1", "--device", "cpu")  # fmt: skip
@@ -216,12 +216,12 @@ def of_training() -> Iterator[Case]:
 def of_others() -> Iterator[Case]:
     """The planner and the benchmarks."""
     plan = (*SHARDING, "--model_config", "criteo_kaggle_tiny", "--world", "2", "--gpu", "cpu", "--batch_size", "128")
-    yield from _faults("model.sharding --plan", (*plan, "--plan", "W/plan.json"), "plan.json")
-    yield from _faults("model.sharding --model_config", (*plan, "--model_config", "W/model.json"), "model.json")
+    yield from _faults("model.planner --plan", (*plan, "--plan", "W/plan.json"), "plan.json")
+    yield from _faults("model.planner --model_config", (*plan, "--model_config", "W/model.json"), "model.json")
     save = (*plan, "--save_plan")
-    yield Case("model.sharding", "full disk (--save_plan)", (*save, "W/full/plan.json"), filled, full=True)
-    yield Case("model.sharding", "--save_plan below a file", (*save, "W/model.json/plan"))
-    yield Case("model.sharding", "second run (--save_plan)", (*save, "W/new.json"), twice=True)
+    yield Case("model.planner", "full disk (--save_plan)", (*save, "W/full/plan.json"), filled, full=True)
+    yield Case("model.planner", "--save_plan below a file", (*save, "W/model.json/plan"))
+    yield Case("model.planner", "second run (--save_plan)", (*save, "W/new.json"), twice=True)
     yield Case("bench", "unknown benchmark", (*BENCH, "nothing"))
     yield Case("bench kaggle", "missing file (--input)", (*BENCH, "kaggle", "--input", "W/nowhere"))
     yield Case("bench kaggle", "empty file (--input)", (*BENCH, "kaggle", "--input", "W/days/day_0"), empty(DAYS[0]))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import train
 from gpu_etl.__main__ import main as gpu_etl
-from model.plan_command import main as sharding
+from model.planner.__main__ import main as sharding
 from tests.reference import write_rows
 
 FLAGS = ["--threads", "1", "--batch_size", "1024", "--lr", "0.1", "--warmup_steps", "2", "--epochs", "1", "--device",

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 
 import train
-from gpu_etl.manifest import describe_file
-from model.plan_command import main as sharding
-from model.state import _digest
+from gpu_etl.dataset.manifest import describe_file
+from model.checkpoint.state import _digest
+from model.planner.__main__ import main as sharding
 from tests.fuzz.case import FLAGS, TINY, Case, WrongError
 from tests.fuzz.raw import bombs, parquet, squeezed, text
 from tests.gpu_etl import tamper

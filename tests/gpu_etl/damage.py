@@ -20,10 +20,11 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpu_etl import cpu, encoding
-from gpu_etl.errors import DataError
+from gpu_etl.backend.cpu import slab as cpu
+from gpu_etl.commands.verify import verify
+from gpu_etl.common.errors import DataError
+from gpu_etl.passes import encode as encoding
 from gpu_etl.pipeline import Settings, encode_days
-from gpu_etl.verify import verify
 from tests.conftest import ROOT
 from tests.gpu_etl.test_resume import BUCKET, CHILD, STEP, digests
 from tests.reference import write_rows

@@ -57,7 +57,7 @@ class Processes:
         """Workers of one thread. project: the folder that they import this project from, None for none; hidden: one in
         whose place they see an empty one; memory: the most that each may have; security: for a client."""
         place = "--host", "127.0.0.1", "--nthreads", "1", "--no-nanny", "--no-dashboard", "--memory-limit", memory
-        preload = ("--preload", "gpu_etl.cluster_tasks") if project else ()
+        preload = ("--preload", "gpu_etl.cluster.tasks") if project else ()
         outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         if project:
             outside["PYTHONPATH"] = str(project)

@@ -16,11 +16,11 @@ gc.disable()
 fake_driver.install()
 sys.modules["cupy"] = fake_driver.cupy
 
-from gpu_etl import cuda_kernel  # noqa: E402 - on the fake driver
+from gpu_etl.backend.cuda import kernel as cuda_kernel  # noqa: E402 - on the fake driver
 
 cuda_kernel.THREADS = 8  # a thread of the simulator is one of the operating system
 
-from gpu_etl import cuda  # noqa: E402 - after THREADS
+from gpu_etl.backend.cuda import slab as cuda  # noqa: E402 - after THREADS
 from tests.gpu_etl import simulated  # noqa: E402
 
 simulated.ROWS, simulated.SIMULATED = 40, True

@@ -17,24 +17,23 @@ from types import SimpleNamespace
 import numpy as np
 from numba import cuda as numba_cuda
 
-from gpu_etl import (
-    cluster_start,
-    cpu,
-    cuda,
-    cuda_dictionary,
-    cuda_encode,
-    cuda_keep,
-    cuda_launch,
-    cuda_rows,
-    cuda_text,
-    kept,
-    memory,
-    pipeline,
-    prefetch,
+from gpu_etl import pipeline
+from gpu_etl.backend.cpu import slab as cpu
+from gpu_etl.backend.cuda import (
+    dictionary as cuda_dictionary,
+    encode as cuda_encode,
+    keep as cuda_keep,
+    launch as cuda_launch,
+    parse as cuda_rows,
+    slab as cuda,
+    text as cuda_text,
 )
-from gpu_etl.errors import DataError
+from gpu_etl.cluster import start as cluster_start
+from gpu_etl.common import buffers as memory, threads as prefetch
+from gpu_etl.common.errors import DataError
+from gpu_etl.passes import kept
 from gpu_etl.pipeline import Settings, encode_days
-from gpu_etl.random_keys import start_of_keys
+from gpu_etl.rows.random_keys import start_of_keys
 from gpu_etl.schema import choose_preset
 from tests import reference
 from tests.gpu_etl import fake_driver

@@ -25,8 +25,7 @@ import numba.cuda.dispatcher as dispatcher
 import numpy as np
 from cuda.bindings import driver as bindings
 from numba import cuda
-from numba.cuda.cudadrv import devicearray, devices
-from numba.cuda.cudadrv import driver as driver_module
+from numba.cuda.cudadrv import devicearray, devices, driver as driver_module
 from numba.cuda.simulator.kernel import FakeCUDAKernel
 
 POISON, UNREAD = 0xAB, 0xCD  # of new device memory; of host memory that a copy is on its way to

@@ -19,31 +19,31 @@ import pyarrow.parquet as pq
 import pytest
 from numba import config
 
-from gpu_etl import cuda_kernel
+from gpu_etl.backend.cuda import kernel as cuda_kernel
 
 SIMULATED = bool(config.ENABLE_CUDASIM)
 if SIMULATED:
     cuda_kernel.THREADS = 8  # a thread of the simulator is one of the operating system
     warnings.filterwarnings("ignore", "overflow encountered")  # uint64 wraps around, as it should
 
-from gpu_etl import (  # noqa: E402 - after THREADS
-    counting,
-    cpu,
-    cuda,
-    cuda_dictionary,
-    cuda_direct,
-    cuda_launch,
-    cuda_parquet,
-    rows,
+from gpu_etl.backend.cpu import slab as cpu  # noqa: E402
+from gpu_etl.backend.cuda import (  # noqa: E402 - after THREADS
+    dictionary as cuda_dictionary,
+    gds as cuda_direct,
+    launch as cuda_launch,
+    parquet as cuda_parquet,
+    slab as cuda,
 )
-from gpu_etl.errors import DataError, DeviceMemoryError  # noqa: E402
-from gpu_etl.extract import open_sources, read_day  # noqa: E402
-from gpu_etl.memory import Reused  # noqa: E402
-from gpu_etl.numbered import NUMBERED, first_number  # noqa: E402
-from gpu_etl.parquet import ROW_BYTES, _plain  # noqa: E402
+from gpu_etl.common.buffers import Reused  # noqa: E402
+from gpu_etl.common.errors import DataError, DeviceMemoryError  # noqa: E402
+from gpu_etl.passes import count as counting  # noqa: E402
 from gpu_etl.pipeline import Settings, encode_days  # noqa: E402
+from gpu_etl.raw.parquet import ROW_BYTES, _plain  # noqa: E402
+from gpu_etl.raw.reader import open_sources, read_day  # noqa: E402
+from gpu_etl.raw.source import Source  # noqa: E402
+from gpu_etl.rows import scalar as rows  # noqa: E402
+from gpu_etl.rows.numbered import NUMBERED, first_number  # noqa: E402
 from gpu_etl.schema import COLUMN_NAMES, choose_preset  # noqa: E402
-from gpu_etl.source import Source  # noqa: E402
 from tests import reference  # noqa: E402
 from tests.gpu_etl import test_inputs as inputs  # noqa: E402
 

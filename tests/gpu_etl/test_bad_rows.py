@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 
 pytest.importorskip("hypothesis")
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from gpu_etl import codecs, cpu, faults, rows
-from gpu_etl.bad_rows import SHOWN, BadRows
-from gpu_etl.errors import BadRowError, DataError
-from gpu_etl.extract import open_sources, read_day
-from gpu_etl.memory import Reused
+from gpu_etl.backend.cpu import slab as cpu
+from gpu_etl.common import codecs
+from gpu_etl.common.buffers import Reused
+from gpu_etl.common.errors import BadRowError, DataError
+from gpu_etl.passes.bad_rows import SHOWN, BadRows
 from gpu_etl.pipeline import Settings, encode_days
-from gpu_etl.text import BLANK_BYTES
+from gpu_etl.raw.reader import open_sources, read_day
+from gpu_etl.raw.text import BLANK_BYTES
+from gpu_etl.rows import faults, scalar as rows
 from tests.reference import write_rows
 
 GOOD = write_rows(seed=3, rows=200)

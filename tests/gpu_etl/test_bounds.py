@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from gpu_etl.errors import DataError
-from gpu_etl.load.cpu import CpuLoader
+from gpu_etl.common.errors import DataError
 from gpu_etl.load.dali import DaliLoader
 from gpu_etl.load.dataset import open_dataset
+from gpu_etl.load.plain import CpuLoader
 from gpu_etl.load.resident import ResidentLoader
 from gpu_etl.load.unpack import ANY_ID, DeviceBounds, unpack_block
 from gpu_etl.pipeline import Settings, encode_days

@@ -14,13 +14,14 @@ import pytest
 pytest.importorskip("dask.distributed")
 from dask.distributed import Client, LocalCluster
 
-from gpu_etl import cluster as cluster_module
-from gpu_etl import cluster_start, cpu, formats, parts
 from gpu_etl.__main__ import main
-from gpu_etl.errors import DataError
+from gpu_etl.backend.cpu import slab as cpu
+from gpu_etl.cluster import byte_ranges as parts, driver as cluster_module, start as cluster_start
+from gpu_etl.commands.verify import verify
+from gpu_etl.common.errors import DataError
+from gpu_etl.dataset import formats
 from gpu_etl.pipeline import Settings, encode_days
 from gpu_etl.schema import choose_preset
-from gpu_etl.verify import verify
 from tests import reference
 
 ROWS = (3000, 500, 1200, 801)

@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("dask.distributed")
 
 from gpu_etl.__main__ import main
-from gpu_etl.cluster_probe import code_digest
+from gpu_etl.cluster.probe import code_digest
 from tests import reference
 from tests.gpu_etl.dask_processes import ROOT, Processes
 from tests.gpu_etl.test_cluster import environment  # noqa: F401 - what Dask puts there must not stay

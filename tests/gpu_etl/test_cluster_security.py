@@ -9,11 +9,11 @@ import pytest
 
 pytest.importorskip("dask.distributed")
 
-from gpu_etl import cluster_start
 from gpu_etl.__main__ import main
-from gpu_etl.cluster import Cluster
-from gpu_etl.errors import DataError
-from gpu_etl.settings import Settings
+from gpu_etl.cluster import start as cluster_start
+from gpu_etl.cluster.driver import Cluster
+from gpu_etl.common.errors import DataError
+from gpu_etl.passes.settings import Settings
 from tests.gpu_etl.dask_processes import Processes
 from tests.gpu_etl.test_cluster import environment  # noqa: F401 - what Dask puts there must not stay
 from tests.gpu_etl.test_cluster_failures import digests, encode, expected, last_line, two_days  # noqa: F401

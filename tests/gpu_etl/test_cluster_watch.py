@@ -13,16 +13,17 @@ pytest.importorskip("dask.distributed")
 import dask
 from dask.distributed import Client, LocalCluster
 
-from gpu_etl import cluster_watch, packages
-from gpu_etl.cluster_probe import code_digest
-from gpu_etl.cluster_tasks import checked, count_part
-from gpu_etl.cluster_watch import Watch
-from gpu_etl.errors import DataError, KeepWorkError
-from gpu_etl.extract import open_sources
-from gpu_etl.journal import Journal
-from gpu_etl.parts import Part
-from gpu_etl.settings import Settings
-from gpu_etl.workfolder import JOB
+from gpu_etl.cluster import watch as cluster_watch
+from gpu_etl.cluster.byte_ranges import Part
+from gpu_etl.cluster.probe import code_digest
+from gpu_etl.cluster.tasks import checked, count_part
+from gpu_etl.cluster.watch import Watch
+from gpu_etl.common import packages
+from gpu_etl.common.errors import DataError, KeepWorkError
+from gpu_etl.passes.journal import Journal
+from gpu_etl.passes.settings import Settings
+from gpu_etl.passes.work_dir import JOB
+from gpu_etl.raw.reader import open_sources
 from tests import reference
 from tests.gpu_etl.dask_processes import ROOT, Processes
 from tests.gpu_etl.test_cluster import environment  # noqa: F401 - what Dask puts there must not stay

@@ -5,7 +5,7 @@ import zlib
 import numpy as np
 import pytest
 
-from gpu_etl.crc import combine, combine_pieces, table
+from gpu_etl.common.crc import combine, combine_pieces, table
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 0), (5, 0), (0, 7), (3, 1), (100, 12345), (1000, 1 << 20)])

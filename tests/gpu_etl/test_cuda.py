@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from gpu_etl import cpu
 from gpu_etl.__main__ import main
+from gpu_etl.backend.cpu import slab as cpu
 from tests.conftest import ROOT
 
 CASES = [
@@ -32,7 +32,7 @@ print("compiled", len(every))
 WRONG = """
 import numpy as np
 from numba import cuda
-from gpu_etl.cuda_kernel import kernel
+from gpu_etl.backend.cuda.kernel import kernel
 
 @kernel("uint64", "int32[::1]")
 def fill(value, array):

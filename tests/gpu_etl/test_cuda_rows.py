@@ -1,4 +1,4 @@
-"""The scalar functions of rows.py inside CUDA kernels: run in Numba's simulator, and compiled to PTX without a GPU."""
+"""The functions of rows/scalar.py inside CUDA kernels: run in Numba's simulator, compiled to PTX without a GPU."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 KERNEL = """
 import numpy as np
 from numba import cuda
-from gpu_etl import rows
+from gpu_etl.rows import scalar as rows
 
 def kernel(text, ends, values, missing, faults, table, mask, ids):
     row = cuda.grid(1)

@@ -9,12 +9,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gpu_etl import cpu, encoding, integrity, synthetic
-from gpu_etl.errors import DataError, WorkDamagedError
-from gpu_etl.journal import Journal
-from gpu_etl.memory import Reused
-from gpu_etl.numbered import group
+from gpu_etl.backend.cpu import slab as cpu
+from gpu_etl.common.buffers import Reused
+from gpu_etl.common.errors import DataError, WorkDamagedError
+from gpu_etl.passes import encode as encoding, integrity
+from gpu_etl.passes.journal import Journal
 from gpu_etl.pipeline import encode_days
+from gpu_etl.raw import synthetic
+from gpu_etl.rows.numbered import group
 from tests.gpu_etl import damage
 from tests.gpu_etl.test_resume import BUCKET, SETTINGS, STEP, digests, killed_run
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpu_etl import append
-from gpu_etl.append import Appended
+from gpu_etl.common import append
+from gpu_etl.common.append import Appended
 from gpu_etl.doctor.specification import write_rows
 from tests.conftest import ROOT
 
@@ -20,9 +20,10 @@ LIMIT = 80
 SCRIPT = """
 import os, resource, sys
 from pathlib import Path
-from gpu_etl import cpu, shuffle
+from gpu_etl.backend.cpu import slab as cpu
+from gpu_etl.passes import buckets as shuffle
 from gpu_etl.pipeline import encode_days
-from gpu_etl.settings import Settings
+from gpu_etl.passes.settings import Settings
 
 limit, *days, out = sys.argv[1:]
 resource.setrlimit(resource.RLIMIT_NOFILE, (int(limit), int(limit)))

@@ -11,16 +11,15 @@ import numpy as np
 import pytest
 
 pytest.importorskip("hypothesis")
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from gpu_etl import codecs
-from gpu_etl.errors import DataError
-from gpu_etl.extract import open_sources, read_day
-from gpu_etl.memory import Pool
-from gpu_etl.prefetch import Crew, in_order, prefetch
-from gpu_etl.source import Source
-from gpu_etl.text import read_plain
+from gpu_etl.common import codecs
+from gpu_etl.common.buffers import Pool
+from gpu_etl.common.errors import DataError
+from gpu_etl.common.threads import Crew, in_order, prefetch
+from gpu_etl.raw.reader import open_sources, read_day
+from gpu_etl.raw.source import Source
+from gpu_etl.raw.text import read_plain
 from tests.reference import write_rows
 
 TEXT = write_rows(seed=3, rows=200)

@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from gpu_etl import flags
 from gpu_etl.__main__ import main
-from gpu_etl.errors import DataError
-from gpu_etl.settings import Settings
+from gpu_etl.commands import flags
+from gpu_etl.common.errors import DataError
+from gpu_etl.passes.settings import Settings
 
 VALUES = ("nan", "inf", "-inf", "-1", "0", "1e20", "100000000000000000000", "9" * 5000, "x", "", "1,2", "0x10", "½")
 SEVERAL_PROCESSES = {"workers", "worker_timeout"}  # tests of the cluster hold them

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from gpu_etl import formats
-from gpu_etl.errors import DataError, WorkDamagedError
-from gpu_etl.load.cpu import CpuLoader
+from gpu_etl.common.errors import DataError, WorkDamagedError
+from gpu_etl.dataset import formats
+from gpu_etl.dataset.manifest import VOCABULARY, Manifest, describe_file
 from gpu_etl.load.dali import DaliLoader
 from gpu_etl.load.dataset import open_dataset
-from gpu_etl.manifest import VOCABULARY, Manifest, describe_file
+from gpu_etl.load.plain import CpuLoader
+from gpu_etl.passes.settings import Settings
 from gpu_etl.schema import PRESETS
-from gpu_etl.settings import Settings
 from tests.conftest import loader_params, needs
 
 CPU = torch.device("cpu")

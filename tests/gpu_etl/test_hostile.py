@@ -11,13 +11,13 @@ import zipfile
 import numpy as np
 import pytest
 
-from gpu_etl import integrity
 from gpu_etl.__main__ import main
-from gpu_etl.errors import DataError
-from gpu_etl.manifest import Manifest, describe_file
+from gpu_etl.common.errors import DataError
+from gpu_etl.dataset.manifest import Manifest, describe_file
+from gpu_etl.passes import integrity
+from gpu_etl.passes.settings import Settings
 from gpu_etl.pipeline import encode_days
-from gpu_etl.settings import Settings
-from gpu_etl.vocabulary import Vocabulary
+from gpu_etl.rows.vocabulary import Vocabulary
 from tests.gpu_etl import tamper
 
 VOCABULARY = "vocabulary.npz"

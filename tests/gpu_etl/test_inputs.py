@@ -8,12 +8,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gpu_etl import columns, cpu, rows
-from gpu_etl.errors import DataError
-from gpu_etl.extract import open_sources, read_day
-from gpu_etl.inputs import expand, list_days
-from gpu_etl.memory import Reused
-from gpu_etl.parquet import ParquetSlab
+from gpu_etl.backend.cpu import slab as cpu
+from gpu_etl.common.buffers import Reused
+from gpu_etl.common.errors import DataError
+from gpu_etl.raw import columns
+from gpu_etl.raw.parquet import ParquetSlab
+from gpu_etl.raw.paths import expand, list_days
+from gpu_etl.raw.reader import open_sources, read_day
+from gpu_etl.rows import scalar as rows
 from tests import reference
 
 TEXT = reference.write_rows(seed=5, rows=300)

@@ -11,10 +11,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from gpu_etl import inspect as inspection
-from gpu_etl.errors import DataError
-from gpu_etl.inspect import inspect
-from gpu_etl.inspect_show import plot, table
+from gpu_etl.commands import inspect as inspection
+from gpu_etl.commands.inspect import inspect
+from gpu_etl.commands.inspect_report import plot, table
+from gpu_etl.common.errors import DataError
 from gpu_etl.pipeline import Settings, encode_days
 from gpu_etl.schema import PRESETS
 from tests import reference

@@ -15,9 +15,10 @@ import zlib
 import pyarrow.parquet as pq
 import pytest
 
-from gpu_etl import codecs, kinds
-from gpu_etl.errors import DataError
-from gpu_etl.extract import open_sources, read_day
+from gpu_etl.common import codecs
+from gpu_etl.common.errors import DataError
+from gpu_etl.raw import kinds
+from gpu_etl.raw.reader import open_sources, read_day
 from tests.conftest import ROOT
 from tests.gpu_etl.test_inputs import LINES, table_of, write_parquet
 from tests.reference import write_rows
@@ -124,7 +125,7 @@ def test_what_is_no_file_is_named_and_nothing_waits_for_it(tmp_path):
             open_sources([path])
 
 
-OPEN = "from gpu_etl.extract import open_sources; print(open_sources(['/dev/stdin'])[0].path)"
+OPEN = "from gpu_etl.raw.reader import open_sources; print(open_sources(['/dev/stdin'])[0].path)"
 
 
 def test_standard_input_is_the_file_that_it_comes_from_or_refused(tmp_path):

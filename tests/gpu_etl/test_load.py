@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from gpu_etl.errors import DataError
+from gpu_etl.common.errors import DataError
 from gpu_etl.load import dali as dali_module
 from gpu_etl.load.batch import batch_ranges
-from gpu_etl.load.cpu import CpuLoader
 from gpu_etl.load.dali import DaliLoader
 from gpu_etl.load.dataset import open_dataset
+from gpu_etl.load.plain import CpuLoader
 from gpu_etl.pipeline import Settings, encode_days
 from tests.conftest import loader_params, needs
 

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from gpu_etl.errors import DataError
+from gpu_etl.common.errors import DataError
 from gpu_etl.load import loader, resident
 from gpu_etl.load.batch import log_dense
-from gpu_etl.load.cpu import CpuLoader
 from gpu_etl.load.dali import DaliLoader
 from gpu_etl.load.dataset import open_dataset
 from gpu_etl.load.order import Order
+from gpu_etl.load.plain import CpuLoader
 from gpu_etl.load.resident import ResidentLoader
 from gpu_etl.load.unpack import Memory, Unpacker, empty_block, unpack_block
 from gpu_etl.pipeline import Settings, encode_days
@@ -249,7 +249,7 @@ def test_closing_a_loader_early_ends_its_thread(source, kind):
 MEMORY = """
 import resource, sys, torch
 from gpu_etl.load.dataset import open_dataset
-from gpu_etl.load import cpu, dali, resident
+from gpu_etl.load import plain as cpu, dali, resident
 kind = {"cpu": cpu.CpuLoader, "dali": dali.DaliLoader, "resident": resident.ResidentLoader}[sys.argv[2]]
 source, buffer = open_dataset(sys.argv[1], "auto").splits["train"], int(sys.argv[3])
 reader = kind(source, 1024, torch.device("cpu"), True, buffer=buffer)

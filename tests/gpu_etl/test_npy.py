@@ -5,7 +5,7 @@ import struct
 import numpy as np
 import pytest
 
-from gpu_etl.errors import DataError
+from gpu_etl.common.errors import DataError
 from gpu_etl.load.npy import _Array
 
 HEADER = "{'descr': %s, 'fortran_order': %s, 'shape': %s, }\n"

@@ -10,9 +10,9 @@ import time
 
 import pytest
 
-from gpu_etl import outcome
 from gpu_etl.__main__ import main
-from gpu_etl.errors import DataError
+from gpu_etl.commands import outcome
+from gpu_etl.common.errors import DataError
 from tests.conftest import ROOT
 
 

@@ -12,9 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gpu_etl import parquet_limits
-from gpu_etl.errors import DataError
-from gpu_etl.parquet_pages import DATA_PAGE, DELTA_BYTE_ARRAY, DICTIONARY_PAGE, Chunk, PageError
+from gpu_etl.common.errors import DataError
+from gpu_etl.raw import parquet_limits
+from gpu_etl.raw.parquet_pages import DATA_PAGE, DELTA_BYTE_ARRAY, DICTIONARY_PAGE, Chunk, PageError
 from gpu_etl.schema import COLUMN_NAMES
 from tests.conftest import ROOT
 from tests.gpu_etl.test_inputs import LINES, ROWS, parsed, table_of
@@ -205,7 +205,7 @@ def test_headers_that_lie_take_no_memory():
 
 def test_memory_that_is_left_knows_the_limit_of_the_process():
     code = (
-        "import resource; from gpu_etl.parquet_limits import memory_left; before = memory_left();"
+        "import resource; from gpu_etl.raw.parquet_limits import memory_left; before = memory_left();"
         "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30)); assert memory_left() < 1 << 30 < before"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

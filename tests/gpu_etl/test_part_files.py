@@ -12,14 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from gpu_etl import cpu
-from gpu_etl.errors import DataError
-from gpu_etl.extract import open_sources
-from gpu_etl.inputs import expand, list_days
+from gpu_etl.backend.cpu import slab as cpu
+from gpu_etl.commands.verify import verify
+from gpu_etl.common.errors import DataError
 from gpu_etl.load.raw import RawDay
 from gpu_etl.pipeline import Settings, encode_days
+from gpu_etl.raw.paths import expand, list_days
+from gpu_etl.raw.reader import open_sources
 from gpu_etl.schema import COLUMN_NAMES, choose_preset
-from gpu_etl.verify import verify
 from tests import reference
 from tests.gpu_etl.test_resume import digests, killed_run
 
@@ -179,7 +179,7 @@ def test_raw_days_are_scored_from_part_files(joined, tmp_path):
 @pytest.mark.parametrize("kinds", [("text",), ("parquet", "text"), ("gzip",)])
 def test_a_cluster_gives_the_same_bytes(joined, tmp_path, monkeypatch, kinds):
     pytest.importorskip("dask.distributed")
-    from gpu_etl import parts
+    from gpu_etl.cluster import byte_ranges as parts
 
     monkeypatch.setattr(parts, "MIN_BYTES", 20_000)  # cuts the larger parts of text
     parted(tmp_path / "days", *kinds)

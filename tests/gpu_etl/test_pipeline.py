@@ -13,15 +13,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gpu_etl import counting, cpu, extract, manifest, splits
-from gpu_etl.errors import DataError
-from gpu_etl.memory import Reused
-from gpu_etl.numbered import group
+from gpu_etl.backend.cpu import slab as cpu
+from gpu_etl.commands.verify import verify
+from gpu_etl.common.buffers import Reused
+from gpu_etl.common.errors import DataError
+from gpu_etl.dataset import manifest
+from gpu_etl.passes import count as counting
+from gpu_etl.passes.buckets import Buckets
 from gpu_etl.pipeline import Settings, encode_days
-from gpu_etl.random_keys import keys_of, row_keys
+from gpu_etl.raw import reader as extract
+from gpu_etl.rows import splits
+from gpu_etl.rows.numbered import group
+from gpu_etl.rows.random_keys import keys_of, row_keys
 from gpu_etl.schema import PRESETS, choose_preset, split_file
-from gpu_etl.shuffle import Buckets
-from gpu_etl.verify import verify
 from tests import reference
 from tests.conftest import ROOT
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gpu_etl.__main__ import main
-from gpu_etl.errors import DataError
+from gpu_etl.common.errors import DataError
 from gpu_etl.pipeline import Settings, encode_days
 from gpu_etl.schema import PRESETS, choose_preset, split_file
 from tests import reference

@@ -6,9 +6,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from gpu_etl.bad_rows import BadRows
-from gpu_etl.errors import BadRowError, DataError
+from gpu_etl.common.errors import BadRowError, DataError
 from gpu_etl.load.raw import RawDay
+from gpu_etl.passes.bad_rows import BadRows
 from gpu_etl.pipeline import Settings, encode_days
 from gpu_etl.schema import COLUMN_NAMES, choose_preset
 from tests.gpu_etl.test_inputs import LINES, table_of

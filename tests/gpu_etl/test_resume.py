@@ -8,11 +8,12 @@ import sys
 
 import pytest
 
-from gpu_etl import cpu, encoding, shuffle
-from gpu_etl.errors import DataError
-from gpu_etl.journal import Journal
+from gpu_etl.backend.cpu import slab as cpu
+from gpu_etl.commands.verify import verify
+from gpu_etl.common.errors import DataError
+from gpu_etl.passes import buckets as shuffle, encode as encoding
+from gpu_etl.passes.journal import Journal
 from gpu_etl.pipeline import Settings, encode_days
-from gpu_etl.verify import verify
 from tests.conftest import ROOT
 
 STEP, BUCKET = 100, 40_000
@@ -24,7 +25,10 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 import threading
-from gpu_etl import cpu, encoding, formats, journal, pipeline, shuffle, spill
+from gpu_etl.backend.cpu import slab as cpu
+from gpu_etl.passes import encode as encoding, journal, buckets as shuffle, coded_rows as spill
+from gpu_etl.dataset import formats
+from gpu_etl import pipeline
 from gpu_etl.pipeline import Settings
 
 point, torn, out, *days = sys.argv[1:]

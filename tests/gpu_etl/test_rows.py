@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 pytest.importorskip("hypothesis")
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
-from gpu_etl import cpu, faults, rows
+from gpu_etl.backend.cpu import slab as cpu
+from gpu_etl.rows import faults, scalar as rows
 from tests import reference
 
 KINDS = {

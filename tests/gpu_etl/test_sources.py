@@ -6,9 +6,12 @@ import shutil
 
 import pytest
 
-from gpu_etl import cpu, encoding, extract, pipeline, sources, text
-from gpu_etl.errors import DataError
+from gpu_etl import pipeline
+from gpu_etl.backend.cpu import slab as cpu
+from gpu_etl.common.errors import DataError
+from gpu_etl.passes import encode as encoding
 from gpu_etl.pipeline import Settings, encode_days
+from gpu_etl.raw import reader as extract, stamps as sources, text
 from tests import reference
 from tests.gpu_etl.test_resume import BUCKET, SETTINGS, STEP, digests, killed_run
 

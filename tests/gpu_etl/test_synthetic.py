@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from gpu_etl import synthetic
-from gpu_etl.errors import DataError
-from gpu_etl.rows import hash32
+from gpu_etl.common.errors import DataError
+from gpu_etl.raw import synthetic
+from gpu_etl.rows.scalar import hash32
 from tests import reference
 
 

@@ -7,15 +7,17 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from gpu_etl import backend, cpu, journal
 from gpu_etl.__main__ import main
-from gpu_etl.cluster_tasks import count_part
-from gpu_etl.errors import notes
-from gpu_etl.extract import open_sources
-from gpu_etl.memory import Reused
-from gpu_etl.parts import Part
+from gpu_etl.backend import select as backend
+from gpu_etl.backend.cpu import slab as cpu
+from gpu_etl.cluster.byte_ranges import Part
+from gpu_etl.cluster.tasks import count_part
+from gpu_etl.common.buffers import Reused
+from gpu_etl.common.errors import notes
+from gpu_etl.common.threads import OneBehind
+from gpu_etl.passes import journal
 from gpu_etl.pipeline import Settings, encode_days
-from gpu_etl.prefetch import OneBehind
+from gpu_etl.raw.reader import open_sources
 
 
 @pytest.fixture

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from gpu_etl import cpu, rows, vocabulary
-from gpu_etl.errors import DataError
-from gpu_etl.numbered import NUMBERED
-from gpu_etl.random_keys import keys_of
+from gpu_etl.backend.cpu import slab as cpu
+from gpu_etl.common.errors import DataError
+from gpu_etl.rows import scalar as rows, vocabulary
+from gpu_etl.rows.numbered import NUMBERED
+from gpu_etl.rows.random_keys import keys_of
 from gpu_etl.schema import PRESETS, choose_preset
 from tests import reference
 

@@ -4,8 +4,8 @@ import zlib
 
 import pytest
 
-from gpu_etl.errors import DataError
-from gpu_etl.extract import open_sources, read_day
+from gpu_etl.common.errors import DataError
+from gpu_etl.raw.reader import open_sources, read_day
 from tests import reference
 
 zstandard = pytest.importorskip("zstandard")

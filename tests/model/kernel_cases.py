@@ -10,14 +10,13 @@ import torch
 
 from bench import step_kernels
 from gpu_etl.load.batch import log_dense
-from model import embedding, fused
 from model.config import ConfigError
 from model.dlrm import DLRM
-from model.embedding import Storage
 from model.kernels import lookup_interaction, update
 from model.kernels.unpack import unpack
-from model.optimizers import Optimizer
-from model.schedule import Schedule
+from model.layers import embedding, fused_lookup as fused
+from model.layers.embedding import Storage
+from model.layers.optimizers import Optimizer
 from model.selfcheck.kernels import (
     DEVICE,
     INTERPRETED,
@@ -28,7 +27,8 @@ from model.selfcheck.kernels import (
     unpacking,
     updates,
 )
-from model.trainer import Precision, Trainer
+from model.training.schedule import Schedule
+from model.training.trainer import Precision, Trainer
 from tests.model.helpers import random_batches, small_config
 
 CASES = {"forward_and_backward": forward_and_backward, "updates": updates, "rounding": rounding, "staging": staging}

@@ -7,10 +7,10 @@ import sys
 
 import torch
 
-from model import fused
-from model.embedding import JointEmbedding, Storage
-from model.interaction import DotInteraction
-from model.optimizers import Optimizer
+from model.layers import fused_lookup as fused
+from model.layers.embedding import JointEmbedding, Storage
+from model.layers.interaction import DotInteraction
+from model.layers.optimizers import Optimizer
 from model.selfcheck.kernels import DEVICE, make_ids
 from model.selfcheck.real_sizes import CRITEO, real_sizes
 

@@ -9,17 +9,17 @@ import sys
 import torch
 import torch.distributed as dist
 
-from model.distributed import RankLoader, RankTrainer, make_model
+from model.distributed.process_group import Groups, Ranks
+from model.distributed.sharded_embedding import ReplicatedTables
+from model.distributed.trainer import RankLoader, RankTrainer, make_model
 from model.dlrm import DLRM
-from model.embedding import Storage
 from model.kernels import lookup_interaction, update
-from model.optimizers import NAMES, Optimizer
-from model.ranks import Groups, Ranks
-from model.schedule import Schedule
+from model.layers.embedding import Storage
+from model.layers.optimizers import NAMES, Optimizer
+from model.planner.plan import Piece, Plan
 from model.selfcheck.kernels import DEVICE, one_update
-from model.sharded import ReplicatedTables
-from model.sharding import Piece, Plan
-from model.trainer import Precision, Trainer
+from model.training.schedule import Schedule
+from model.training.trainer import Precision, Trainer
 from tests.model import kernel_cases  # noqa: F401 - lets models take the kernels in the interpreter
 from tests.model.helpers import SIZES, ListLoader, random_batches, small_config
 

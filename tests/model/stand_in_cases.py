@@ -21,21 +21,20 @@ import torch
 import torch.distributed as dist
 
 import train
-from bench import step_kernels, train_limits
-from bench import train as bench_train
-from gpu_etl.load.cpu import CpuLoader
+from bench import step_kernels, train as bench_train, train_limits
 from gpu_etl.load.dataset import RecordFile
+from gpu_etl.load.plain import CpuLoader
 from gpu_etl.load.resident import ResidentLoader
 from gpu_etl.pipeline import Settings, encode_days
-from model.distributed import RankLoader, RankTrainer, make_model
+from model.distributed.process_group import Groups, Ranks
+from model.distributed.trainer import RankLoader, RankTrainer, make_model
 from model.dlrm import DLRM
-from model.embedding import Storage
-from model.engine import LoopOptions, fit
-from model.optimizers import NAMES, Optimizer
-from model.ranks import Groups, Ranks
-from model.schedule import Schedule
-from model.sharding import Piece, Plan
-from model.trainer import Precision, Trainer
+from model.layers.embedding import Storage
+from model.layers.optimizers import NAMES, Optimizer
+from model.planner.plan import Piece, Plan
+from model.training.loop import LoopOptions, fit
+from model.training.schedule import Schedule
+from model.training.trainer import Precision, Trainer
 from tests.model.helpers import SIZES, Batch, ListLoader, random_batches, small_config
 from tests.model.stand_in import CUDA, MACHINE, OnDevice
 from tests.reference import write_rows

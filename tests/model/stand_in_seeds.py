@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from gpu_etl.load import loader
-from gpu_etl.load.cpu import CpuLoader
 from gpu_etl.load.dataset import RecordFile
-from model import embedding, graph, optimizers
-from model import trainer as training
+from gpu_etl.load.plain import CpuLoader
 from model.config import ConfigError
-from model.embedding import Storage
 from model.kernels import staging
+from model.layers import embedding, optimizers
+from model.layers.embedding import Storage
+from model.training import cuda_graph as graph, trainer as training
 from tests.model import stand_in_cases as cases  # first: it puts the stand-in in place
 from tests.model.helpers import random_batches
 from tests.model.stand_in import CUDA, MACHINE, OnDevice

@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 from safetensors.torch import load_file, save_file
 
-from model import atomic, checkpoint
-from model.checkpoint import CheckpointError
-from model.state import STATE, read_state
+from common import atomic
+from model.checkpoint import files as checkpoint
+from model.checkpoint.files import CheckpointError
+from model.checkpoint.state import STATE, read_state
 from tests.model.helpers import random_batches
 from tests.model.test_engine import make_trainer, same, weights
 
@@ -152,7 +153,7 @@ def test_values_that_cannot_be_are_refused_with_a_checksum_too(tmp_path, values,
     state = read_state(tmp_path / "ckpt")
     text = json.loads(state.to_text())
     del text["sha256"]
-    from model.state import _digest
+    from model.checkpoint.state import _digest
 
     text |= values
     (tmp_path / "ckpt" / STATE).write_text(json.dumps({**text, "sha256": _digest(text)}))

@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from model.predict import Job, Machine, rank_bytes, rank_cost
-from model.sharding import Piece, Plan, whole
+from model.planner.cost_model import Job, Machine, rank_bytes, rank_cost
+from model.planner.plan import Piece, Plan, whole
 from tests.model.helpers import SIZES, small_config
 
 MACHINE = Machine("round", memory=1e9, stream=1e6, matrix=1e6, link=1e3, network=1e2, latency=0.5, overhead=0.25)

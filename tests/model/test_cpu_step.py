@@ -7,14 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import cpu_kernels, cpu_step
 from model.config import ConfigError
-from model.cpu_step import CpuStep
+from model.cpu import loops as cpu_kernels, step as cpu_step
+from model.cpu.step import CpuStep
 from model.dlrm import DLRM
-from model.interaction import DotInteraction
-from model.optimizers import NAMES, Optimizer
-from model.schedule import Schedule
-from model.trainer import Precision, Trainer
+from model.layers.interaction import DotInteraction
+from model.layers.optimizers import NAMES, Optimizer
+from model.training.schedule import Schedule
+from model.training.trainer import Precision, Trainer
 from tests.model.helpers import Batch, random_batches, small_config
 
 LR = 0.3

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from model.config import ConfigError
-from model.embedding import JointEmbedding, TorchEmbedding
-from model.optimizers import Optimizer
+from model.layers.embedding import JointEmbedding, TorchEmbedding
+from model.layers.optimizers import Optimizer
 
 SIZES = (3, 1, 50)
 CASES = {

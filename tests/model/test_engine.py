@@ -6,14 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import checkpoint
+from model.checkpoint import files as checkpoint
 from model.config import ConfigError
-from model.device import choose_device
 from model.dlrm import DLRM
-from model.engine import LoopOptions, fit
-from model.optimizers import NAMES, Optimizer
-from model.schedule import Schedule
-from model.trainer import Precision, Trainer
+from model.layers.optimizers import NAMES, Optimizer
+from model.training.device import choose_device
+from model.training.loop import LoopOptions, fit
+from model.training.schedule import Schedule
+from model.training.trainer import Precision, Trainer
 from tests.model.helpers import ListLoader, random_batches, small_config
 
 SCHEDULE = Schedule(lr=0.5, warmup_steps=3, decay_start_step=10, decay_steps=30, decay_end_lr=0.05)

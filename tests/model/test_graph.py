@@ -5,11 +5,11 @@ import torch
 
 from model.config import ConfigError
 from model.dlrm import DLRM
-from model.engine import LoopOptions, fit
-from model.graph import MOST_SIZES, SLOTS, Static, StaticInputs
-from model.optimizers import Optimizer
-from model.schedule import Schedule
-from model.trainer import Precision, Trainer
+from model.layers.optimizers import Optimizer
+from model.training.cuda_graph import MOST_SIZES, SLOTS, Static, StaticInputs
+from model.training.loop import LoopOptions, fit
+from model.training.schedule import Schedule
+from model.training.trainer import Precision, Trainer
 from tests.model.helpers import Batch, ListLoader, random_batches, small_config
 
 CPU = torch.device("cpu")

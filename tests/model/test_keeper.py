@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from model import checkpoint, keeper
+from model.checkpoint import files as checkpoint, manager as keeper
+from model.checkpoint.manager import Keeper, KeepOptions
 from model.config import ConfigError
-from model.engine import LoopOptions, fit
-from model.keeper import Keeper, KeepOptions
 from model.metrics import Metrics
+from model.training.loop import LoopOptions, fit
 from tests.model.helpers import ListLoader, random_batches
 from tests.model.test_engine import make_trainer, same, weights
 

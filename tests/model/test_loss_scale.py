@@ -5,12 +5,13 @@ from itertools import pairwise
 import pytest
 import torch
 
-from model import checkpoint, loss_scale
+from model.checkpoint import files as checkpoint
 from model.config import ConfigError
 from model.dlrm import DLRM
-from model.optimizers import NAMES, Optimizer
-from model.schedule import Schedule
-from model.trainer import Precision, Trainer
+from model.layers.optimizers import NAMES, Optimizer
+from model.training import loss_scale
+from model.training.schedule import Schedule
+from model.training.trainer import Precision, Trainer
 from tests.model.helpers import random_batches, small_config
 
 HUGE = 2.0**40  # times any gradient, beyond float16's 65,504

@@ -7,10 +7,8 @@ import torch
 
 pytest.importorskip("hypothesis")
 pytest.importorskip("sklearn")
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from sklearn.metrics import log_loss as sklearn_log_loss
-from sklearn.metrics import roc_auc_score
+from hypothesis import given, settings, strategies as st
+from sklearn.metrics import log_loss as sklearn_log_loss, roc_auc_score
 
 from model.metrics import auc, log_loss, measure
 from tests import reference

@@ -6,10 +6,10 @@ from torch import nn
 
 from model.config import ConfigError
 from model.dlrm import DLRM
-from model.embedding import JointEmbedding, TorchEmbedding
-from model.optimizers import NAMES, Optimizer
-from model.schedule import Schedule
-from model.trainer import Precision, Trainer
+from model.layers.embedding import JointEmbedding, TorchEmbedding
+from model.layers.optimizers import NAMES, Optimizer
+from model.training.schedule import Schedule
+from model.training.trainer import Precision, Trainer
 from tests.model.helpers import random_batches, small_config
 
 SIZES, DIM, LR = (3, 1, 40), 5, 0.05

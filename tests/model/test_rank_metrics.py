@@ -6,7 +6,8 @@ from dataclasses import astuple
 import pytest
 import torch
 
-from model import metrics, rank_metrics
+from model import metrics
+from model.distributed import metrics as rank_metrics
 from tests.ranks import run_ranks
 
 

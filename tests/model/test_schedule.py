@@ -2,9 +2,9 @@
 
 import pytest
 
-from model import options
-from model.flags import build_parser
-from model.schedule import Schedule
+from model.cli import options
+from model.cli.flags import build_parser
+from model.training.schedule import Schedule
 from tests.reference import learning_rate
 
 RECIPES = [

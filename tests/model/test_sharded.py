@@ -5,12 +5,12 @@ import torch
 
 from gpu_etl.load.batch import rank_range
 from model.config import ModelConfig
-from model.distributed import RankLoader, RankTrainer, make_model
+from model.distributed.trainer import RankLoader, RankTrainer, make_model
 from model.dlrm import DLRM
-from model.optimizers import NAMES, Optimizer
-from model.schedule import Schedule
-from model.sharding import Piece, Plan
-from model.trainer import Precision, Trainer
+from model.layers.optimizers import NAMES, Optimizer
+from model.planner.plan import Piece, Plan
+from model.training.schedule import Schedule
+from model.training.trainer import Precision, Trainer
 from tests.model.helpers import SIZES, Batch, random_batches, small_config
 from tests.ranks import run_ranks
 
@@ -207,7 +207,7 @@ def test_large_tables_draw_the_same_numbers():
 
 
 def drawn(ranks, config):
-    from model import embedding
+    from model.layers import embedding
 
     embedding.DRAWN_AT_ONCE = 1000  # a block ends within a piece
     pieces = (Piece(0, 1, 0, 123, 0, 16), Piece(1, 1, 123, 300, 0, 16), Piece(0, 2, 0, 90, 0, 7),

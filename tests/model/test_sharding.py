@@ -5,13 +5,13 @@ from dataclasses import replace
 
 import pytest
 
-from model import placement
 from model.config import read_config
-from model.placement import check_memory, make_plan, total_bytes
-from model.plan_command import main
-from model.plan_report import forecast, show
-from model.predict import MACHINES, Job, costs, exchange_bytes, rank_bytes
-from model.sharding import Piece, Plan, PlanError, read_plan, whole
+from model.planner import placement
+from model.planner.__main__ import main
+from model.planner.cost_model import MACHINES, Job, costs, exchange_bytes, rank_bytes
+from model.planner.placement import check_memory, make_plan, total_bytes
+from model.planner.plan import Piece, Plan, PlanError, read_plan, whole
+from model.planner.report import forecast, show
 from tests.model.helpers import SIZES, small_config
 
 H200 = MACHINES["h200"]

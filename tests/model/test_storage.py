@@ -6,14 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from model import checkpoint, embedding
+from model.checkpoint import files as checkpoint
 from model.config import ConfigError
 from model.dlrm import DLRM
-from model.embedding import JointEmbedding, Storage
-from model.engine import LoopOptions, fit
-from model.optimizers import NAMES, Optimizer, stochastically_rounded
-from model.schedule import Schedule
-from model.trainer import Trainer
+from model.layers import embedding
+from model.layers.embedding import JointEmbedding, Storage
+from model.layers.optimizers import NAMES, Optimizer, stochastically_rounded
+from model.training.loop import LoopOptions, fit
+from model.training.schedule import Schedule
+from model.training.trainer import Trainer
 from tests.model.helpers import SIZES, ListLoader, random_batches, small_config
 
 HALF = (torch.bfloat16, torch.float16)

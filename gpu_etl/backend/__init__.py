@@ -1,0 +1,1 @@
+"""The same functions over slabs on a CPU and on a GPU."""

@@ -1,0 +1,1 @@
+"""The functions over slabs on a CPU."""

@@ -1,0 +1,1 @@
+"""The passes as tasks of a Dask cluster."""

@@ -1,0 +1,1 @@
+"""What every folder here uses: buffers, threads, compiled functions, errors, codecs."""

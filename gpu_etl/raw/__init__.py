@@ -1,0 +1,1 @@
+"""What a user names -> day files -> slabs of whole rows."""

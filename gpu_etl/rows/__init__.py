@@ -1,0 +1,1 @@
+"""The logic of one row and one value: no files, no devices."""

@@ -1,0 +1,1 @@
+"""Checkpoints and the runs that they belong to."""

@@ -1,0 +1,1 @@
+"""Flags and what becomes of them."""

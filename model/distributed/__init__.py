@@ -1,0 +1,1 @@
+"""Ranks: process group, exchange, sharded tables, failure detector."""

@@ -1,0 +1,1 @@
+"""Tables, interactions, optimisers of tables."""

@@ -1,0 +1,1 @@
+"""Which rank holds which table, and what a step will cost."""
