@@ -36,6 +36,7 @@ from model.numbers import number, whole
 from model.optimizers import Optimizer
 from model.outcome import StoppedError, explain, say, sigterm_raises, tell
 from model.parser import Boolean
+from model.plan_report import show
 from model.predict import MACHINES, Job
 from model.ranks import BACKENDS, choose_device, join
 from model.sharding import Plan, read_plan
@@ -120,7 +121,7 @@ class RankSession(train.Session):
         plan = read_plan(args.plan) if args.plan else placement.make_plan(job, self.ranks.world, machine)
         plan.check(job.config, self.ranks.world, job.optimizer, f"--plan {args.plan}")
         placement.check_memory(plan, job, machine)
-        say(placement.show(plan, job, machine))
+        say(show(plan, job, machine))
         if args.save_plan:
             plan.write(args.save_plan)
         return plan

@@ -8,8 +8,8 @@ import sys
 from bench import machine
 from bench.command import BenchError
 from common.jsonable import jsonable
-from gpu_etl import packages
-from gpu_etl.errors import DataError
+from gpu_etl import outcome
+from model.config import ConfigError
 
 # Only the one that is asked for is imported: each has needs of its own.
 BENCHES = {
@@ -48,12 +48,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = build_parser(asked).parse_args(words)
         result = args.measure(args)
-    except (BenchError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (BenchError, ConfigError) as error:
+        outcome.say(f"error: {error}")
         return 1
-    except ModuleNotFoundError as error:
-        print(f"error: {packages.explain(error)}", file=sys.stderr)
-        return 1
+    except BaseException as error:
+        status, said = outcome.explain(error)
+        outcome.say(said)
+        return status
     print(json.dumps(jsonable({"bench": args.bench, **result, "machine": machine.describe()}), allow_nan=False))
     return 0
 

@@ -15,16 +15,18 @@ from types import ModuleType
 
 import numpy as np
 
-from gpu_etl import cpu, shuffle
+from gpu_etl import cpu
+from gpu_etl.append import append, open_cut
 from gpu_etl.codecs import read_gzip
 from gpu_etl.counting import CountPass
 from gpu_etl.extract import open_sources, read_day
 from gpu_etl.journal import Journal
 from gpu_etl.memory import Reused
+from gpu_etl.numbered import NUMBERED
 from gpu_etl.prefetch import Crew
+from gpu_etl.random_keys import keys_of
 from gpu_etl.schema import COLUMNS, SPARSE, choose_preset
 from gpu_etl.shuffle import Buckets
-from gpu_etl.spill import append, open_cut
 from gpu_etl.synthetic import write_days
 from gpu_etl.tally import Summary
 
@@ -113,7 +115,7 @@ def _stages(folder: Path, text: np.ndarray) -> dict[str, tuple[Callable[[int], o
         "group": (lambda threads: cpu.group(values, 0, 0, BUCKETS, memory)(), 0),
         "write buckets": (lambda threads: _write_buckets(written, (numbered, bucket_ends), threads), 0),
         "read buckets": (lambda threads: _read_buckets(read, memory, threads), 0),
-        "argsort keys": (lambda threads: np.argsort(shuffle.keys_of(0, numbers)), 0),
+        "argsort keys": (lambda threads: np.argsort(keys_of(0, numbers)), 0),
         "finish": (lambda threads: finisher.finish(0, len(records), records)(), 0),
         "write records": (lambda threads: (append(file, records), file.truncate(0)), 0),
         "sha256 of records": (lambda threads: hashlib.sha256(records), 0),
@@ -125,7 +127,7 @@ def _null_device(text: np.ndarray) -> ModuleType:
     ends = cpu.find_rows(text)
     row_bytes, most = len(text) / len(ends), 2 * len(ends)
     values, missing, faults = np.zeros((most, 1), np.uint32), np.zeros(most, np.uint64), np.zeros(most, np.int32)
-    numbered = np.zeros(most, shuffle.NUMBERED)
+    numbered = np.zeros(most, NUMBERED)
 
     class Dictionaries:
         nbytes = 0

@@ -5,9 +5,14 @@ true are no integers; a list becomes a tuple where a tuple is wanted; keys that 
 """
 
 import difflib
+import errno
 import json
+import os
+import stat
 from dataclasses import fields, is_dataclass
 from functools import cache
+from math import isinf
+from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -15,6 +20,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 SHOWN = 80  # characters of a value
+MOST_FAULTS = 20  # that are told
+MOST_KEYS = 10_000  # of an object
+MOST_BYTES = 32 << 20  # of a file: Python takes up to 40 times as much
 T = TypeVar("T")
 
 
@@ -24,6 +32,8 @@ def _adapter(kind: type) -> TypeAdapter:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MOST_KEYS:  # each that is wrong would become an error of a kilobyte
+        raise ValueError(f"an object of {len(pairs):,} keys; expected at most {MOST_KEYS:,}")
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -35,11 +45,32 @@ def _no_number(name: str):
     raise ValueError(f"{name} is no number of JSON")
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if isinf(number):  # 1e999
+        raise ValueError(f"{text[:SHOWN]} is too large a number")
+    return number
+
+
+def read_file(path: str | Path, error: type[Exception], most: int = MOST_BYTES) -> bytes:
+    """All bytes of a small file. Raises `error` where it is none that can be read to an end (a pipe, a device), or has
+    more than `most` bytes; OSError, with its name, as open() does."""
+    found = os.stat(path)
+    if stat.S_ISDIR(found.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(found.st_mode):
+        raise error(f"{path}: expected a file, got a pipe or a device")
+    if found.st_size > most:
+        raise error(f"{path}: expected at most {most:,} bytes, got {found.st_size:,}; is this the right file?")
+    with open(path, "rb") as file:
+        return file.read(most)
+
+
 def parse_json(text: str | bytes, where: str, error: type[Exception]) -> Any:
     """The value that a JSON text holds. Raises `error`, naming `where`, for text that is no JSON, for NaN and Infinity,
     and for a key that is there twice."""
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number)
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_no_number, parse_float=_finite)
     except (ValueError, RecursionError) as failed:  # bytes that are no text, and text that is no JSON, are ValueErrors
         raise error(f"{where}: damaged, or not JSON: {failed}") from failed
 
@@ -62,7 +93,9 @@ def read(kind: type[T], values: Any, where: str, error: type[Exception], version
     except (TypeError, ValueError) as failed:
         if not isinstance(failed, ValidationError):  # YAML has dates and the like
             raise error(f"{where}: expected what JSON can hold: {failed}") from failed
-        raise error("\n".join(f"{where}: {_words(fault, kind)}" for fault in failed.errors())) from failed
+        lines = [f"{where}: {_words(fault, kind)}" for fault in failed.errors()[:MOST_FAULTS]]
+        more = failed.error_count() - len(lines)
+        raise error("\n".join(lines + [f"{where}: and {more:,} more"] * (more > 0))) from failed
 
 
 def _keys(kind: Any, place: list) -> list[str]:

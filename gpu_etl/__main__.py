@@ -6,24 +6,24 @@
     python -m gpu_etl inspect data/set --png data/set.png
     python -m gpu_etl doctor
 
-Words and progress go to stderr; the last line of stdout is one JSON object. Exit status: 0, 1 after
-an error or a check of doctor that fails, 130 after Ctrl-C.
+Words and progress go to stderr; the last line of stdout is one JSON object. Exit status: 0; 1 after an error or a check
+of doctor that fails; 2 for flags that cannot be; 130 after Ctrl-C, 143 after SIGTERM. GPU_ETL_DEBUG=1 shows where in
+the code an error came from.
 """
 
 import argparse
-import json
 import os
 import sys
 import time
 
-from gpu_etl import flags, packages
-from gpu_etl.errors import DataError, notes
+from gpu_etl import outcome, packages
 
 
 def encode(args: argparse.Namespace) -> dict:
     """Run the encode command; returns its results."""
     # Threads that wait for the next parallel loop would otherwise spin on the cores where files are read and written.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from gpu_etl import flags
     from gpu_etl.inputs import expand, list_days
     from gpu_etl.pipeline import encode_days
     from gpu_etl.report import summary
@@ -95,29 +95,24 @@ def doctor(args: argparse.Namespace) -> dict:
 
 
 COMMANDS = {"encode": encode, "synth": synth, "verify": verify, "inspect": inspect, "doctor": doctor}
+GO_ON = {"encode": "an encode goes on where it was when given the same command again"}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    args = flags.build_parser(__doc__).parse_args(argv)
-    try:
-        result = COMMANDS[args.command](args)
-    except DataError as error:
-        print(f"error: {error}", *notes(error), sep="\n", file=sys.stderr)
-        return 1
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        words = f"error: {where}{error.strerror or error or type(error).__name__}"
-        print(words, *notes(error), sep="\n", file=sys.stderr)
-        return 1
-    except ModuleNotFoundError as error:
-        print(f"error: {packages.explain(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as stop:
-        words = "interrupted; an encode goes on where it was when given the same command again"
-        print(words, *notes(stop), sep="\n", file=sys.stderr)
-        return 130
-    print(json.dumps({"command": args.command, **result}))
+    go_on = ""
+    with outcome.signals():
+        try:
+            from gpu_etl import flags  # a second of imports, in which Ctrl-C is no traceback either
+
+            args = flags.build_parser(__doc__).parse_args(argv)
+            go_on = GO_ON.get(args.command, "")
+            result = COMMANDS[args.command](args)
+            outcome.print_json({"command": args.command, **result})
+        except BaseException as error:
+            status, words = outcome.explain(error, go_on)
+            outcome.say(words)
+            return status
     return 1 if result.get("failed") else 0
 
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from gpu_etl import faults
 from gpu_etl.errors import BadRowError, DataError
-from gpu_etl.extract import Slab
 from gpu_etl.rows import FAULT_STRIDE
+from gpu_etl.source import Slab
 
 RULES = ("error", "skip")
 SHOWN = 5

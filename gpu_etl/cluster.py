@@ -14,12 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from dask.distributed import Client, LocalCluster, as_completed
-from tqdm import tqdm
 
-from gpu_etl import formats, integrity, manifest, parts, shared_files, vocabulary
+from gpu_etl import cluster_watch, formats, integrity, manifest, parts, shared_files, vocabulary
+from gpu_etl.cluster_check import Check
+from gpu_etl.cluster_start import connect
 from gpu_etl.cluster_tasks import (
+    CODE_DIGEST,
     COUNTS,
+    checked,
     count_part,
     encode_bucket,
     encode_rows,
@@ -27,61 +29,61 @@ from gpu_etl.cluster_tasks import (
     merge_counts,
     number_part,
 )
+from gpu_etl.cluster_watch import Call, Watch, ask
 from gpu_etl.encoding import day_shifts, pieces
-from gpu_etl.errors import BadRowError, DataError
-from gpu_etl.extract import Source
+from gpu_etl.errors import BadRowError
 from gpu_etl.parts import Part
 from gpu_etl.prefetch import OneBehind
 from gpu_etl.settings import Settings
+from gpu_etl.source import Source
 from gpu_etl.tally import Tally
 
 TASK_ROWS = 1 << 17
-START_SECONDS = "60s"
-Call = tuple[Callable, tuple]
+CLOSE_SECONDS = 10.0
 
 
 class Cluster:
-    """Runs the tasks; for use in `with`. buckets: of the shuffle. Raises DataError where no scheduler answers."""
+    """Runs the tasks; for use in `with`. buckets: of the shuffle.
+
+    Raises DataError where no scheduler answers or a worker cannot do the work, and KeepWorkError where nothing is heard
+    of the cluster any more.
+    """
 
     def __init__(self, sources: list[Source], settings: Settings, work: Path, buckets: int):
         self._sources = [_resolved(source) for source in sources]
         if settings.workers and not settings.threads:
             settings = replace(settings, threads=max(1, (os.cpu_count() or 1) // settings.workers))
         self._settings, self._work, self._buckets = settings, work.resolve(), buckets
-        self._local = None if settings.scheduler else _local_cluster(settings)
-        try:
-            self._client = Client(settings.scheduler or self._local, timeout=START_SECONDS)
-        except OSError as error:
-            raise DataError(f"--scheduler {settings.scheduler}: no Dask scheduler answers there ({error})") from error
-        print(f"Dask dashboard: {self._client.dashboard_link}", file=sys.stderr)
 
     def __enter__(self) -> "Cluster":
+        self._client, self._local = connect(self._settings)
+        try:
+            known = Check(self._client, self._sources, self._settings, self._work).run()
+            self._watch = Watch(self._client, self._settings.worker_timeout, self._work, known)
+        except BaseException:
+            self._close()
+            raise
         return self
 
     def __exit__(self, *_) -> None:
+        self._close()
+
+    def _close(self) -> None:
         for ending in filter(None, (self._client, self._local)):
             try:
-                ending.close()
+                ending.close(timeout=CLOSE_SECONDS)
             except (OSError, RuntimeError) as error:  # a TimeoutError is an OSError; what was asked for is done
                 print(f"Dask did not end in order ({type(error).__name__}: {error})", file=sys.stderr)
 
     def _run(self, name: str, calls: list[Call], done: Callable[[int], None] = lambda place: None) -> list:
         """Results of calls of tasks, in order; done(place) is told of each. The first error ends it all."""
-        futures = [self._client.submit(task, *arguments, pure=False) for task, arguments in calls]
-        places = {future.key: place for place, future in enumerate(futures)}
-        with tqdm(total=len(futures), desc=name, unit="task", file=sys.stderr) as bar:
-            for future in as_completed(futures):
-                if future.status == "error":
-                    error = future.exception()
-                    self._client.cancel(futures)
-                    raise error
-                done(places[future.key])
-                bar.update()
-        return self._client.gather(futures)
+        calls = [(checked, (CODE_DIGEST, self._work, *call)) for call in calls]
+        return cluster_watch.run(self._client, self._watch, name, calls, done)
 
     def _cut(self) -> list[Part]:
         """The parts, with the numbers of their first rows, which take a look at all bytes before a part's."""
-        workers = self._settings.workers or len(self._client.scheduler_info(n_workers=-1)["workers"])
+        scheduler = self._client.scheduler
+        workers = self._settings.workers or ask(self._client, lambda: scheduler.identity(n_workers=-1))["n_workers"]
         ranges = parts.cut(self._sources, self._settings, max(1, workers))
         ahead = [
             i for i, this in enumerate(ranges[:-1]) if ranges[i + 1].day == this.day
@@ -193,21 +195,3 @@ class _Front:
             row = waiting.popleft()[1]
         if row is not None:
             self._advanced(split, row)
-
-
-def _local_cluster(settings: Settings) -> LocalCluster:
-    """Processes of this machine; with --device cuda one a GPU."""
-    if settings.device == "cuda":
-        try:
-            from dask_cuda import LocalCUDACluster
-        except ImportError as error:
-            raise DataError(f"--workers with --device cuda: {error}; pip install dask-cuda") from error
-        from numba import cuda
-
-        if settings.workers > len(cuda.gpus):
-            raise DataError(
-                f"--workers {settings.workers} with --device cuda: each takes a GPU, and {len(cuda.gpus)} are visible "
-                "(nvidia-smi, CUDA_VISIBLE_DEVICES); ask for fewer"
-            )
-        return LocalCUDACluster(n_workers=settings.workers, silence_logs=50)
-    return LocalCluster(n_workers=settings.workers, threads_per_worker=1, silence_logs=50)

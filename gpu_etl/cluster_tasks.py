@@ -1,8 +1,10 @@
 """What the workers of a cluster do: count a part, merge counts, give ids, and write ranges of the final files."""
 
 import os
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -12,26 +14,64 @@ from pathlib import Path
 import numpy as np
 
 from gpu_etl import backend, shared_files, vocabulary
+from gpu_etl.cluster_probe import code_digest, code_root
 from gpu_etl.counting import CountPass
-from gpu_etl.errors import WorkDamagedError
-from gpu_etl.extract import Source
+from gpu_etl.errors import DataError, KeepWorkError, WorkDamagedError
 from gpu_etl.integrity import add, check_file, identity, numbered_sum, rows_sum
 from gpu_etl.journal import Journal
 from gpu_etl.manifest import describe_file
 from gpu_etl.memory import Reused
+from gpu_etl.numbered import first_number, words_of
 from gpu_etl.parts import Part
+from gpu_etl.random_keys import keys_of
 from gpu_etl.schema import COLUMNS, RECORD_DTYPE, SPARSE, Preset
 from gpu_etl.settings import Settings, without_bad_rows
-from gpu_etl.shuffle import Buckets, keys_of
+from gpu_etl.shuffle import Buckets
+from gpu_etl.source import Source
 from gpu_etl.sources import located
-from gpu_etl.spill import Spill, first_number, words_of
+from gpu_etl.spill import Spill
 from gpu_etl.tally import Tally
 from gpu_etl.vocabulary import ColumnCounts, Counts
-from gpu_etl.workfolder import JOURNAL, clear
+from gpu_etl.workfolder import JOB, JOURNAL, clear
 
 COUNTS, IDS = "counts.npz", "ids.npz"
+LOCK_SECONDS = 0.2
+CODE_DIGEST = code_digest(code_root())  # as it is imported: a worker may live longer than the files
 Counted = tuple[Tally, list[int], int]
 """Of a part: its tally, how many rows each bucket got, the sum of its coded rows' digests."""
+
+
+def checked(digest: str, work: Path, task: Callable, arguments: tuple):
+    """A task, after a look at what may be another than when the cluster was checked: workers come later, too. digest:
+    of the code of whoever gives the work; work: the folder that all work in."""
+    where = f"worker {socket.gethostname()}, process {os.getpid()}"
+    if digest != CODE_DIGEST:
+        raise KeepWorkError(
+            f"{where}: another state of this project's code ({CODE_DIGEST[:12]}) than that of the command "
+            f"({digest[:12]}); it came later: end it, or bring it up to date, and give the same command again"
+        )
+    if not (work / JOB).is_file():
+        raise KeepWorkError(
+            f"{where}: does not see {work}; it came later, and all workers must see the same folders: end it, and give "
+            "the same command again"
+        )
+    return task(*arguments)
+
+
+def _journal(path: Path, seconds: float) -> Journal:
+    """The journal of a part. A task of an earlier run may still be at work there, which nobody can stop: it is waited
+    for. Raises KeepWorkError where it does not end."""
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return Journal(path)
+        except DataError as error:
+            if time.monotonic() > deadline:
+                raise KeepWorkError(
+                    f"{path}: still held by a task of an earlier run after {seconds:g} s; it may hang on a stopped "
+                    "worker: end that one, and give the same command again"
+                ) from error
+        time.sleep(LOCK_SECONDS)
 
 
 def save_counts(path: Path, counts: Counts) -> None:
@@ -39,6 +79,10 @@ def save_counts(path: Path, counts: Counts) -> None:
     arrays = {}
     for c, column in enumerate(counts.columns):
         arrays |= {f"keys_{c}": column.keys, f"counts_{c}": column.counts, f"first_{c}": column.first_rows}
+    _save(path, arrays)
+
+
+def _save(path: Path, arrays: dict[str, np.ndarray]) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part.npz")
     np.savez(temporary, **arrays)
     temporary.rename(path)
@@ -74,6 +118,12 @@ def _one_at_a_time(task: Callable) -> Callable:
 _device_lock = threading.Lock()
 
 
+def check_device(name: str) -> None:
+    """Raise DataError where this worker does not have the device."""
+    with _device_lock:
+        backend.device(name)
+
+
 @_one_at_a_time
 def count_part(days: list[Source], part: Part, settings: Settings, work: Path, buckets: int) -> Counted:
     """Task: the count pass over one part, in its folder; anew, which is said, where an earlier run of it left damaged
@@ -82,7 +132,7 @@ def count_part(days: list[Source], part: Part, settings: Settings, work: Path, b
     folder.mkdir(exist_ok=True)
     sources = [*days[: part.day], part.range.source(days), *days[part.day + 1 :]]
     this = identity([asdict(part), buckets, without_bad_rows(settings.shaping()), located(sources[part.day])])
-    journal = Journal(folder / JOURNAL)
+    journal = _journal(folder / JOURNAL, settings.worker_timeout)
     try:
         if journal.events and journal.events[0].get("part") != this:
             print(f"{folder}: the work of another run; this part begins anew", file=sys.stderr)
@@ -132,7 +182,8 @@ def merge_counts(a: Path, b: Path, out: Path) -> Path:
 
 def number_part(folder: Path, preset: Preset, work: Path) -> None:
     """Task: the ids of one part's dictionary codes, by the vocabulary of all days."""
-    np.savez(folder / IDS, *vocabulary.Vocabulary.load(work).ids(Spill.keys_in(folder), preset))
+    ids = vocabulary.Vocabulary.load(work).ids(Spill.keys_in(folder), preset)
+    _save(folder / IDS, {f"arr_{column}": column_ids for column, column_ids in enumerate(ids)})
 
 
 @lru_cache(maxsize=64)

@@ -13,14 +13,16 @@ from tqdm import tqdm
 
 from gpu_etl import integrity, vocabulary
 from gpu_etl.bad_rows import BadRows
-from gpu_etl.extract import Slab, Source, kind_of, read_day
+from gpu_etl.extract import kind_of, read_day
 from gpu_etl.journal import Journal
 from gpu_etl.memory import Pool, Reused
+from gpu_etl.numbered import first_number
 from gpu_etl.prefetch import OneBehind, side_by_side
 from gpu_etl.sampling import dropped_rows
 from gpu_etl.schema import Preset
 from gpu_etl.shuffle import Buckets
-from gpu_etl.spill import KEYS, Spill, first_number
+from gpu_etl.source import Slab, Source
+from gpu_etl.spill import KEYS, Spill
 from gpu_etl.tally import Tally
 
 RECOUNT_ROWS = 1 << 15

@@ -11,13 +11,15 @@ from collections.abc import Callable
 import numba
 import numpy as np
 
-from gpu_etl import rows, shuffle
+from gpu_etl import rows
 from gpu_etl.dictionary import Dictionaries
 from gpu_etl.errors import DataError
 from gpu_etl.jit import compiled, compiled_parallel
 from gpu_etl.memory import Reused, host_bytes
+from gpu_etl.numbered import DAY_SHIFT, words_of
+from gpu_etl.numbered import group as group_rows
+from gpu_etl.random_keys import keys_of
 from gpu_etl.schema import COLUMNS, DENSE, FIRST_DENSE, FIRST_SPARSE, RECORD_DTYPE, SPARSE, Preset
-from gpu_etl.spill import DAY_SHIFT, words_of
 from gpu_etl.tally import Summary
 from gpu_etl.vocabulary import Lookup
 
@@ -175,8 +177,8 @@ def rows_of(values: np.ndarray, memory: Reused) -> Callable[[], np.ndarray]:
 def group(
     values: np.ndarray, first_row: int, seed: int, buckets: int, memory: Reused
 ) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
-    """What gives a coded slab's rows by bucket, on the host, as shuffle.group does; they lie in `memory`."""
-    found = shuffle.group(values, first_row, seed, buckets, memory)
+    """What gives a coded slab's rows by bucket, on the host, as numbered.group does; they lie in `memory`."""
+    found = group_rows(values, first_row, seed, buckets, memory)
     return lambda: found
 
 
@@ -242,7 +244,7 @@ class Finisher:
 
     def take_shuffled(self, numbered: np.ndarray, seed: int) -> Callable[[], None]:
         """The same of rows NUMBERED [n] of any days, which come out in the order of their sort keys."""
-        self._coded, self._order = words_of(numbered)[:, -COLUMNS:], np.argsort(shuffle.keys_of(seed, numbered["row"]))
+        self._coded, self._order = words_of(numbered)[:, -COLUMNS:], np.argsort(keys_of(seed, numbered["row"]))
         self._shifts = self._day_shifts[numbered["row"] >> DAY_SHIFT]
         return lambda: None
 

@@ -33,8 +33,8 @@ from gpu_etl.cuda_parquet import parquet_slabs
 from gpu_etl.cuda_rows import COUNTERS, MISSING, VALUES, Rows, Table, parse, parser, rows_end, summarize_on_device
 from gpu_etl.cuda_text import find_rows
 from gpu_etl.errors import DataError
-from gpu_etl.extract import Slab
 from gpu_etl.schema import COLUMNS, FIRST_DENSE, FIRST_SPARSE
+from gpu_etl.source import Slab
 from gpu_etl.tally import Summary
 
 __all__ = [

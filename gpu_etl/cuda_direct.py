@@ -17,10 +17,10 @@ from gpu_etl.cuda_launch import Input, Memory, Output, launch, stream
 from gpu_etl.cuda_rows import parse
 from gpu_etl.cuda_text import DeviceText, text_rooms
 from gpu_etl.errors import DataError
-from gpu_etl.extract import Source, TextSlab, too_long
 from gpu_etl.memory import Pool, host_bytes
 from gpu_etl.rows import NEWLINE
-from gpu_etl.text import text_size
+from gpu_etl.source import Source
+from gpu_etl.text import TextSlab, text_size, too_long
 
 PAGE = 4096  # reads that begin at a multiple of it go directly
 PIECE = 4096  # bytes of one thread's checksum
@@ -87,7 +87,7 @@ def _checksums(text, size, table, crcs):
 
 @dataclass
 class DirectSlab:
-    """Some whole rows on the device, a slab as of extract.Slab: bytes `begin` to `end` of the source."""
+    """Some whole rows on the device, a slab as of source.Slab: bytes `begin` to `end` of the source."""
 
     day: int
     begin: int
@@ -100,7 +100,7 @@ class DirectSlab:
         """Nothing to do: parse() finds the rows."""
 
     def parse(self, kernels, memory):
-        """See extract.Slab."""
+        """See source.Slab."""
         found = parse(None, self.text, memory)
         self.end = self.begin + self.text.rows_end
         return found
@@ -109,11 +109,11 @@ class DirectSlab:
         """Nothing to do: parse() has given the memory back."""
 
     def describe(self, rows, codes) -> list[str]:
-        """See extract.Slab; the text is read again."""
+        """See source.Slab; the text is read again."""
         return self._on_host(self.begin, self.end, host_bytes).describe(rows, codes)
 
     def rest(self, kernels) -> TextSlab | None:
-        """See extract.Slab; the text is read again."""
+        """See source.Slab; the text is read again."""
         begin, end = self.end, self.begin + self.text.size
         if begin == end:
             return None

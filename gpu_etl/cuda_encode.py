@@ -11,9 +11,9 @@ from gpu_etl.cuda_launch import Input, Mark, Memory, fetch, launch, sorted_place
 from gpu_etl.cuda_new_keys import zero
 from gpu_etl.cuda_rows import VALUES, Rows, scan
 from gpu_etl.memory import Reused
+from gpu_etl.numbered import DAY_SHIFT, NUMBER_WORDS, NUMBERED
+from gpu_etl.random_keys import bucket_of, key_of, start_of_keys
 from gpu_etl.schema import COLUMNS, FIRST_SPARSE, RECORD_DTYPE, SPARSE
-from gpu_etl.shuffle import NUMBER_WORDS, bucket_of, key_of, start_of_keys
-from gpu_etl.spill import DAY_SHIFT, NUMBERED
 
 WORDS = NUMBER_WORDS + COLUMNS  # of a numbered row
 TILE = 32  # rows that a block turns from columns into rows at a time

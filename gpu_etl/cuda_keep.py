@@ -9,7 +9,7 @@ from gpu_etl.cuda_encode import NOWHERE, PLACES, WORDS, keys_there, number_rows,
 from gpu_etl.cuda_kernel import blocks_for, kernel
 from gpu_etl.cuda_launch import Input, Memory, budget, download, launch, sorted_places
 from gpu_etl.cuda_rows import Rows
-from gpu_etl.spill import NUMBERED
+from gpu_etl.numbered import NUMBERED
 
 SORT_BYTES = 5 * 8  # of a row: its key, its place, and what sorting takes beside them
 SHARE = 0.6  # of the memory left: the rest is for the dictionaries and for slabs

@@ -27,9 +27,9 @@ from gpu_etl.cuda_rows import (
     summarize_on_device,
 )
 from gpu_etl.errors import DataError
-from gpu_etl.extract import Source
 from gpu_etl.parquet import INT32_MIN, ROW_BYTES, describe_row
 from gpu_etl.schema import FIRST_SPARSE
+from gpu_etl.source import Source
 
 PASS_FACTOR = 4  # packed and decoded pages that libcudf holds at a time, per byte of what it gives out; a soft limit
 
@@ -144,7 +144,7 @@ def _limits(column: int) -> tuple[int, int, int]:
 
 @dataclass
 class DeviceSlab:
-    """Some decoded rows of a Parquet file, a slab as of extract.Slab. `end` counts rows."""
+    """Some decoded rows of a Parquet file, a slab as of source.Slab. `end` counts rows."""
 
     day: int
     end: int
@@ -158,16 +158,16 @@ class DeviceSlab:
         """Nothing to do: the rows are decoded."""
 
     def parse(self, kernels, memory):
-        """See extract.Slab."""
+        """See source.Slab."""
         self.decoded.hold("compute")
         return parse_fields(self.fields, self.count)
 
     def release(self) -> None:
-        """See extract.Slab. parse() has waited for its kernels: libcudf may use the columns' memory again."""
+        """See source.Slab. parse() has waited for its kernels: libcudf may use the columns' memory again."""
         self.fields = None
 
     def describe(self, rows, codes) -> list[str]:
-        """See extract.Slab; the rows are read again."""
+        """See source.Slab; the rows are read again."""
         first = self.end - self.count
         return [describe_row(self.source, first + row, code) for row, code in zip(rows, codes, strict=True)]
 

@@ -13,11 +13,12 @@ from gpu_etl import formats, integrity
 from gpu_etl.errors import WorkDamagedError
 from gpu_etl.journal import Journal
 from gpu_etl.memory import Reused
+from gpu_etl.numbered import first_number, group
 from gpu_etl.prefetch import OneBehind, prefetch
 from gpu_etl.rows import INT32_MAX
 from gpu_etl.schema import COLUMNS, RECORD_DTYPE, Preset
-from gpu_etl.shuffle import Buckets, group
-from gpu_etl.spill import Spill, first_number
+from gpu_etl.shuffle import Buckets
+from gpu_etl.spill import Spill
 
 SCATTER_ROWS = 1 << 15
 

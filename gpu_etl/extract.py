@@ -1,113 +1,22 @@
 """Day files -> slabs of whole rows, in bounded memory; threads read and inflate ahead while earlier ones are parsed."""
 
-import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
-from types import MappingProxyType, ModuleType
-from typing import Protocol
+from types import MappingProxyType
 
-import numpy as np
-
-from gpu_etl import codecs, crc, kinds, packages, part_files
+from gpu_etl import crc, kinds, packages, part_files
 from gpu_etl.errors import DataError
-from gpu_etl.memory import Pool, Reused
+from gpu_etl.memory import Pool
+from gpu_etl.packed import read_packed
 from gpu_etl.prefetch import in_turn, nothing
+from gpu_etl.source import Slab, Source
 from gpu_etl.sources import check_read, check_unchanged, checksum, stamp_of
-from gpu_etl.text import BLANK_BYTES, NEWLINE, Source, TextSlab, blank_bytes, read_plain, too_long
+from gpu_etl.text import read_plain
 
-TAIL_BYTES = 1 << 16
-ZSTD_PIECE = 1 << 12
 PARQUET_MAGIC = b"PAR1"
 GZIP_MAGIC = b"\x1f\x8b"
 ZSTD_MAGICS = (b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18")  # a frame, and the note that pzstd writes before each frame
-
-
-class Slab(Protocol):
-    """Some whole rows of one day. `day` is its place in the list of inputs; `part` that of the file among those of the
-    day, and `end` the place in that file behind this slab (bytes of text, or rows of Parquet), from which read_day goes
-    on if told to skip so far."""
-
-    day: int
-    end: int
-    part: int
-
-    def prepare(self, kernels: ModuleType) -> None:
-        """Do what comes before parse() and can be done in a thread that reads ahead."""
-
-    def parse(self, kernels: ModuleType, memory: Reused) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """values uint32 [n, 40], missing uint64 [n], faults int32 [n], as kernels.parse gives them. Where there are
-        more rows than good ones can be, those behind the first n are left to rest(), and `end` is where they begin."""
-
-    def describe(self, rows: Sequence[int], codes: Sequence[int]) -> list[str]:
-        """Words for the faults `codes` of some rows, in ascending order; parse() comes first."""
-
-    def release(self) -> None:
-        """Give back the slab's memory; nothing but rest() may be asked of it any more."""
-
-    def rest(self, kernels: ModuleType) -> "Slab | None":
-        """The rows that parse() left, prepared; None where it left none."""
-
-
-class ChecksummedFile(io.RawIOBase):
-    """A source opened for reading that notes in it how far it was read and what the bytes sum up to."""
-
-    def __init__(self, source: Source):
-        self._file = open(source.path, "rb", buffering=0)  # noqa: SIM115 - closed in close()
-        self._file.seek(source.begin)
-        self._source, self._left = source, source.size
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        count = self._file.readinto(memoryview(buffer)[: self._left])
-        self._left -= count
-        self._source.crc32 = codecs.crc32(memoryview(buffer)[:count], self._source.crc32)
-        self._source.read += count
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
-
-
-class _ZstdFile(io.RawIOBase):
-    """The text of a zstd file of one or more frames. Raises one of codecs.ERRORS where it is damaged or cut off.
-
-    zstandard's own stream_reader takes a cut-off frame for the end of the file. Decompression objects do tell, but give
-    all text of a piece at once, up to 32768 times its bytes: the pieces have to be small.
-    """
-
-    def __init__(self, stored: io.BufferedReader):
-        self._stored = stored
-        self._piece = b""
-        self._frame = None
-        self._text = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer) -> int:
-        while not self._text:
-            self._piece = self._piece or self._stored.read(ZSTD_PIECE)
-            if not self._piece:
-                if self._frame is not None:
-                    raise EOFError("it ends inside a frame")
-                return 0
-            self._inflate()
-        count = min(len(buffer), len(self._text))
-        buffer[:count] = self._text[:count]
-        self._text = self._text[count:]
-        return count
-
-    def _inflate(self) -> None:
-        if self._frame is None:
-            self._frame = codecs.zstd_frame()
-        self._text = memoryview(self._frame.decompress(self._piece))
-        self._piece = b""
-        if self._frame.eof:
-            self._piece, self._frame = self._frame.unused_data, None
 
 
 def open_sources(paths: list[Path]) -> list[Source]:
@@ -145,79 +54,6 @@ def _open_file(path: Path) -> Source:
     if kind != "parquet" and stamp.size:
         kinds.check(path, None if kind == "text" else kind)
     return Source(path, stamp.size, stamp=stamp)
-
-
-def _fill(stream, buffer: np.ndarray, filled: int) -> int:
-    """Read until the buffer is full or the stream ends; returns the number of valid bytes."""
-    view = memoryview(buffer)
-    while filled < len(buffer):
-        count = stream.readinto(view[filled:])
-        if not count:
-            break
-        filled += count
-    return filled
-
-
-def _last_newline(buffer: np.ndarray) -> int:
-    """Position of the last newline in buffer uint8 [bytes], -1 if there is none."""
-    for end in range(len(buffer), 0, -TAIL_BYTES):
-        begin = max(0, end - TAIL_BYTES)
-        found = np.flatnonzero(buffer[begin:end] == NEWLINE)
-        if len(found):
-            return begin + int(found[-1])
-    return -1
-
-
-def skip_bytes(stream, count: int) -> None:
-    """Read and forget `count` bytes."""
-    buffer = np.empty(min(count, 1 << 20), np.uint8)
-    while count:
-        done = _fill(stream, buffer[:count], 0)
-        if not done:
-            return
-        count -= done
-
-
-def _cut(stream, path: Path, day: int, slab_bytes: int, end: int, pool: Pool) -> Iterator[TextSlab]:
-    """Slabs of at most `slab_bytes`, each but the last ending with a newline; the rest of a row moves to the next, and
-    so do blank lines, which are no rows at the end of the day.
-
-    `end`: how many bytes of text came before.
-    """
-    rest = np.empty(0, np.uint8)
-    while True:
-        buffer = pool.take(slab_bytes)
-        buffer[: len(rest)] = rest
-        filled = _fill(stream, buffer, len(rest))
-        last = filled - blank_bytes(buffer[max(0, filled - BLANK_BYTES) : filled].tobytes())
-        if filled < slab_bytes:
-            if last:
-                yield TextSlab(day, end + last, buffer[:last], pool)
-            return
-        last = min(last, _last_newline(buffer) + 1)
-        if not last:
-            raise too_long(path, slab_bytes)
-        rest = buffer[last:].copy()
-        end += last
-        yield TextSlab(day, end, buffer[:last], pool)
-
-
-def _read_packed(source: Source, day: int, slab_bytes: int, skip: int, kind: str, pool: Pool) -> Iterator[TextSlab]:
-    """Slabs of a day of packed text; kind: "gzip" or "zstd"."""
-    stream = io.BufferedReader(ChecksummedFile(source), 1 << 20)
-    try:
-        text = codecs.read_gzip(stream) if kind == "gzip" else _ZstdFile(stream)
-        skip_bytes(text, skip)
-        yield from _cut(text, source.path, day, slab_bytes, skip, pool)
-    except OverflowError as error:  # of isal
-        raise DataError(
-            f"{source.path}: expected a gzip header of some bytes, found one of more than 512 KiB (name, comment or "
-            "extra field); pack it anew: `gunzip -c FILE | gzip -n > NEW`"
-        ) from error
-    except codecs.ERRORS as error:
-        raise DataError(f"{source.path}: damaged or cut-off {kind} file ({error}); fetch it again") from error
-    finally:
-        stream.close()
 
 
 def kind_of(path: Path) -> str:
@@ -291,14 +127,14 @@ def _read_file(
         check_read(source, source.read - before)
         return
     if kind == "parquet":
-        from gpu_etl import parquet  # here, as it needs this module, and text does without pyarrow
+        from gpu_etl import parquet  # here, as text does without pyarrow
 
         decoded = readers.get(kind, parquet.arrow_slabs)
         slabs = parquet.read_parquet(source, day, slab_bytes, skip, decoded, label_optional)
     elif kind in readers:
         slabs = readers[kind](source, day, slab_bytes, skip)
     else:
-        slabs = _read_packed(source, day, slab_bytes, skip, kind, pool)
+        slabs = read_packed(source, day, slab_bytes, skip, kind, pool)
     for slab in slabs:
         prepare(slab)
         yield slab

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from gpu_etl.append import append, open_cut
 from gpu_etl.errors import DataError
 from gpu_etl.prefetch import ALONE, Crew
 from gpu_etl.schema import COLUMNS, DENSE, FIRST_DENSE, FIRST_SPARSE, RECORD_DTYPE, SPARSE, SPLITS, split_file
-from gpu_etl.spill import append, open_cut
 
 SPEC_FILE = "feature_spec.yaml"
 ID_DTYPES = tuple(np.dtype(name) for name in ("i1", "<i2", "<i4"))
@@ -213,7 +213,7 @@ def _feature_spec(table_sizes: Sequence[int]) -> dict[str, str]:
             for split in ("train", "test")
         },
     }
-    return {SPEC_FILE: json.dumps(spec, indent=1) + "\n"}
+    return {SPEC_FILE: json.dumps(spec, indent=1, allow_nan=False) + "\n"}
 
 
 FORMS = {

@@ -71,56 +71,104 @@ class _Integers:
 
 
 class _Ids:
-    """How often the training split shows each id of one category column; size: None where no manifest tells it."""
+    """How often the training split shows each id of one category column of a table of `size` rows: 8 B a row."""
 
-    def __init__(self, size: int | None):
-        self.known_size = size
-        self.counts = np.zeros(size or 1, np.int64)
-        self.largest = 0
-        self.unseen_rows = 0
+    def __init__(self, size: int):
+        self.size = size
+        self._counts = np.zeros(size, np.int64)
 
-    def add(self, ids: np.ndarray, split: str) -> None:
-        self.largest = max(self.largest, int(ids.max()))
-        if self.largest >= len(self.counts):
-            # At least doubled, so that ids that rise along the file do not copy the counts at every block.
-            grown = np.zeros(max(self.largest + 1, 2 * len(self.counts)), np.int64)
-            grown[: len(self.counts)] = self.counts
-            self.counts = grown
-        if split == "train":
-            # Not bincount: its cost grows with the table, 12 times this one's at 40 M ids.
-            np.add.at(self.counts, ids.astype(np.intp), 1)
-        elif split == "test":
-            self.unseen_rows += int((self.counts[ids] == 0).sum())
+    def add(self, ids: np.ndarray) -> None:
+        """Count the ids of rows of the training split."""
+        # Not bincount: its cost grows with the table, 12 times this one's at 40 M ids.
+        np.add.at(self._counts, ids.astype(np.intp), 1)
 
-    def figures(self, rare_id: int, test_rows: int) -> dict:
-        size = self.known_size or self.largest + 1
-        counts, rows = self.counts[:size], int(self.counts.sum())
-        top = np.partition(counts, size - TOPS[-1])[-TOPS[-1] :] if size > TOPS[-1] else counts
-        top = np.sort(top)[::-1]
-        return {
-            "table_size": size,
-            "ids_in_train": int(np.count_nonzero(counts)),
-            "rare_id_share": int(counts[rare_id : rare_id + 1].sum()) / rows,
-            **{f"top_{n}_share": int(top[:n].sum()) / rows for n in TOPS},
-            "unseen_test_share": self.unseen_rows / test_rows,
-        }
+    def see(self, ids: np.ndarray) -> None:
+        """Note ids of other splits."""
+
+    def of(self, ids: np.ndarray) -> np.ndarray:
+        """Counts int64 of ids."""
+        return self._counts[ids]
+
+    def counts(self) -> np.ndarray:
+        """Counts int64 [n] of all ids that were seen."""
+        return self._counts[np.flatnonzero(self._counts)]
 
 
-def _meanings(settings: dict | None) -> dict:
-    """What the numbers of the records stand for, by the manifest's settings."""
-    if settings is None:
+class _UnknownIds:
+    """The same where no manifest tells the size: about 16 B an id that is seen, however large it is."""
+
+    def __init__(self):
+        self._ids = self._counts = np.zeros(0, np.int64)
+        self._pieces: list[np.ndarray] = []
+        self._waiting = self._largest = 0
+
+    @property
+    def size(self) -> int:
+        """The largest id + 1."""
+        return self._largest + 1
+
+    def add(self, ids: np.ndarray) -> None:
+        """Count the ids of rows of the training split."""
+        self.see(ids)
+        self._pieces.append(ids.copy())
+        self._waiting += len(ids)
+        if self._waiting >= max(8 * BLOCK_ROWS, len(self._ids)):
+            self._merge()
+
+    def see(self, ids: np.ndarray) -> None:
+        """Note ids of other splits."""
+        self._largest = max(self._largest, int(ids.max()))
+
+    def _merge(self) -> None:
+        if self._pieces:
+            ids, counts = np.unique(np.concatenate(self._pieces), return_counts=True)
+            self._ids, place = np.unique(np.concatenate([self._ids, ids]), return_inverse=True)
+            self._counts = np.bincount(place, np.concatenate([self._counts, counts])).astype(np.int64)
+            self._pieces, self._waiting = [], 0
+
+    def of(self, ids: np.ndarray) -> np.ndarray:
+        """Counts int64 of ids."""
+        self._merge()
+        if not len(self._ids):
+            return np.zeros(len(ids), np.int64)
+        place = np.searchsorted(self._ids, ids).clip(max=len(self._ids) - 1)
+        return np.where(self._ids[place] == ids, self._counts[place], 0)
+
+    def counts(self) -> np.ndarray:
+        """Counts int64 [n] of all ids that were seen."""
+        self._merge()
+        return self._counts
+
+
+def _figures(ids: _Ids | _UnknownIds, rare_id: int, unseen_rows: int, test_rows: int) -> dict:
+    counts = ids.counts()
+    rows = int(counts.sum())
+    top = np.sort(np.partition(counts, len(counts) - TOPS[-1])[-TOPS[-1] :] if len(counts) > TOPS[-1] else counts)[::-1]
+    rare = int(ids.of(np.array([rare_id]))[0]) if rare_id < ids.size else 0
+    return {
+        "table_size": ids.size,
+        "ids_in_train": len(counts),
+        "rare_id_share": rare / rows,
+        **{f"top_{n}_share": int(top[:n].sum()) / rows for n in TOPS},
+        "unseen_test_share": unseen_rows / test_rows,
+    }
+
+
+def _meanings(description: Manifest | None) -> dict:
+    """What the numbers of the records stand for, by the manifest."""
+    if description is None:
         unknown = "unknown without a manifest"
         return {"zero": unknown, "rare_id": 0, "rare": unknown, "order": f"order of the training rows: {unknown}"}
-    preset = settings["preset"]
-    # Manifests written before the presets had these rules lack them.
-    limit, min_count = preset.get("max_table_size", 0), preset["min_count"]
-    rare = [f"values seen fewer than {min_count} times"] * (min_count > 1)
-    rare += [f"values beyond {limit:,} ids"] * (limit > 0) + ["missing values"] * (not preset["missing_is_zero"])
+    preset = description.preset()
+    rare = [f"values seen fewer than {preset.min_count} times"] * (preset.min_count > 1)
+    rare += [f"values beyond {preset.max_table_size:,} ids"] * (preset.max_table_size > 0)
+    rare += ["missing values"] * (not preset.missing_is_zero)
+    shuffled = description.settings["shuffle"]
     return {
-        "zero": ZEROS[preset.get("dense", "clamp")],
-        "rare_id": preset.get("rare_id", 0),
-        "rare": ", ".join(rare) or ("an ordinary value, the first" if preset["first_id"] == 0 else "no value"),
-        "order": "training rows are shuffled" if settings["shuffle"] else "training rows in order of the days",
+        "zero": ZEROS[preset.dense],
+        "rare_id": preset.rare_id,
+        "rare": ", ".join(rare) or ("an ordinary value, the first" if preset.first_id == 0 else "no value"),
+        "order": "training rows are shuffled" if shuffled else "training rows in order of the days",
     }
 
 
@@ -154,17 +202,18 @@ def inspect(folder: Path, progress=lambda rows: None) -> dict:
     ids_in_train, rare_id_share, top_1_share, top_10_share, top_100_share (rare_id counts as an id), unseen_test_share:
     test rows whose id the training split never shows.
 
-    Shares are of rows, 0 to 1. Memory: one block of rows, and 8 B per id of every table. `progress` is called with the
-    number of rows read since the last call. Raises DataError where the data set cannot be opened, or holds a label or
-    id out of range.
+    Shares are of rows, 0 to 1. Memory: some blocks of rows, and 8 B per id of every table, or, without a manifest,
+    about 50 B per id seen. `progress` is called with the number of rows read since the last call. Raises DataError
+    where the data set cannot be opened, or holds a label or id out of range.
     """
     dataset = open_dataset(folder, "auto")
     description = dataset.manifest
-    meanings = _meanings(description.settings if description else None)
+    meanings = _meanings(description)
     labels = {split: _Labels(dataset.splits[split].rows) for split in SPLITS if split in dataset.splits}
     integers = _Integers()
     limits = description.table_sizes if description else [ID_LIMIT] * SPARSE
-    categories = [_Ids(size if description else None) for size in limits]
+    categories = [_Ids(size) if description else _UnknownIds() for size in limits]
+    unseen = np.zeros(SPARSE, np.int64)
     # In the order of SPLITS: the training split must be counted before the test split asks what it never shows.
     for split in labels:
         source = dataset.splits[split]
@@ -175,8 +224,11 @@ def inspect(folder: Path, progress=lambda rows: None) -> dict:
             labels[split].add(block[:, 0], begin)
             if split == "train":
                 integers.add(block[:, FIRST_DENSE:FIRST_SPARSE])
-            for c, ids in enumerate(categories):
-                ids.add(block[:, FIRST_SPARSE + c], split)
+            for c, found in enumerate(categories):
+                ids = block[:, FIRST_SPARSE + c]
+                (found.add if split == "train" else found.see)(ids)
+                if split == "test":
+                    unseen[c] += int((found.of(ids) == 0).sum())
             progress(len(block))
     return {
         "set": str(folder),
@@ -186,7 +238,7 @@ def inspect(folder: Path, progress=lambda rows: None) -> dict:
         "splits": {split: counted.figures() for split, counted in labels.items()},
         "integers": {COLUMN_NAMES[FIRST_DENSE + c]: integers.figures(c) for c in range(DENSE)},
         "categories": {
-            name: ids.figures(meanings["rare_id"], dataset.splits["test"].rows)
-            for name, ids in zip(COLUMN_NAMES[FIRST_SPARSE:], categories, strict=True)
+            name: _figures(ids, meanings["rare_id"], rows, dataset.splits["test"].rows)
+            for name, ids, rows in zip(COLUMN_NAMES[FIRST_SPARSE:], categories, unseen.tolist(), strict=True)
         },
     }

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
+from common import typed
 from gpu_etl.errors import WorkDamagedError
 from gpu_etl.jit import compiled
 from gpu_etl.manifest import describe_file
+from gpu_etl.numbered import NUMBER_WORDS, NUMBERED, words_of
+from gpu_etl.random_keys import mix64
 from gpu_etl.schema import COLUMNS, FIRST_SPARSE
-from gpu_etl.shuffle import NUMBER_WORDS, Buckets, mix64
-from gpu_etl.spill import NUMBERED, words_of
+from gpu_etl.shuffle import Buckets
 
 SUM_MASK = (1 << 64) - 1
 READ_ROWS = 1 << 12
@@ -67,7 +69,7 @@ def rows_sum(coded: np.ndarray, first_number: int) -> int:
 
 
 def add_to_buckets(numbered: np.ndarray, ends: np.ndarray, sums: np.ndarray) -> int:
-    """Add the digests of rows that shuffle.group() made to the sums of their buckets, uint64 [buckets], in place.
+    """Add the digests of rows that numbered.group() made to the sums of their buckets, uint64 [buckets], in place.
     Returns the sum of all of them."""
     return int(_sum_buckets(words_of(numbered).view(np.uint32), ends, sums))
 
@@ -119,13 +121,13 @@ def check_file(path: Path, expected: dict) -> None:
 
 def identity(value) -> str:
     """A digest of something that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 def write_json(path: Path, value) -> None:
     """Write a value with a checksum beside it, whole or not at all."""
     temporary = path.with_name(path.name + ".part")
-    body = json.dumps(value)
+    body = json.dumps(value, allow_nan=False)
     with open(temporary, "w") as file:
         file.write(json.dumps({"crc32": f"{zlib.crc32(body.encode()):08x}", "value": body}))
         file.flush()
@@ -136,13 +138,15 @@ def write_json(path: Path, value) -> None:
 def read_json(path: Path):
     """What write_json() wrote; None where there is no such file. Raises WorkDamagedError where it is damaged."""
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(typed.read_file(path, WorkDamagedError))
         if found["crc32"] != f"{zlib.crc32(found['value'].encode()):08x}":
             raise ValueError("its checksum is another one")
         return json.loads(found["value"])
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except WorkDamagedError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise WorkDamagedError(f"{path}: damaged ({error})") from error
 
 

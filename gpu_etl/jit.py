@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numba
 
-SHARED = ("rows.py", "schema.py", "shuffle.py", "cuda_kernel.py")
+SHARED = ("rows.py", "schema.py", "random_keys.py", "cuda_kernel.py")
 
 
 def _cache_folder() -> str:

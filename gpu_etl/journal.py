@@ -51,8 +51,12 @@ class Journal:
         expected = zlib.crc32(body, self._crc32)
         if not chain or crc32 != f'{expected:08x}"}}\n'.encode():
             return None
+        try:
+            event = json.loads(body + b"}")
+        except (ValueError, RecursionError):
+            return None
         self._crc32 = expected
-        return json.loads(body + b"}")
+        return event
 
     def record(self, **event) -> None:
         """Append an event. Everything it speaks of must have been written before."""
@@ -61,7 +65,7 @@ class Journal:
             self._write(event)
 
     def _write(self, event: dict) -> None:
-        body = json.dumps(event)[:-1]
+        body = json.dumps(event, allow_nan=False)[:-1]
         self._crc32 = zlib.crc32(body.encode(), self._crc32)
         line = f'{body}{CHAIN}{self._crc32:08x}"}}\n'.encode()
         while line:  # a disk that is almost full takes a part, and raises only when asked again

@@ -14,9 +14,10 @@ from gpu_etl.counting import CountPass
 from gpu_etl.encoding import EncodePass, pieces
 from gpu_etl.journal import Journal
 from gpu_etl.memory import Reused
+from gpu_etl.numbered import DAY_SHIFT, first_number, group
 from gpu_etl.prefetch import OneBehind
-from gpu_etl.shuffle import Buckets, group
-from gpu_etl.spill import DAY_SHIFT, Spill, first_number
+from gpu_etl.shuffle import Buckets
+from gpu_etl.spill import Spill
 
 KEPT = "kept_on_device"
 

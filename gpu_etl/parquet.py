@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 
 from gpu_etl import columns, parquet_limits, rows
 from gpu_etl.errors import DataError
-from gpu_etl.extract import ChecksummedFile, Slab, Source, skip_bytes
 from gpu_etl.faults import EXPECTED, SHOWN
 from gpu_etl.jit import compiled
 from gpu_etl.memory import Reused
 from gpu_etl.schema import COLUMN_NAMES, COLUMNS, FIRST_SPARSE
+from gpu_etl.source import ChecksummedFile, Slab, Source, skip_bytes
 
 ROW_BYTES = 256  # what a row takes as text, so that a slab of either form holds about as many rows
 DESCRIBED_ROWS = 1 << 12  # read at a time on the way to a row that is described
@@ -148,7 +148,7 @@ class ParquetSlab:
         """None: all rows are parsed at once."""
 
     def describe(self, rows_: Sequence[int], codes: Sequence[int]) -> list[str]:
-        """See extract.Slab."""
+        """See source.Slab."""
         return [self._describe(row, code) for row, code in zip(rows_, codes, strict=True)]
 
     def _describe(self, row: int, code: int) -> str:

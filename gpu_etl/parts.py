@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gpu_etl.crc import combine
-from gpu_etl.extract import Source, kind_of
+from gpu_etl.extract import kind_of
 from gpu_etl.integrity import read_json, write_json
 from gpu_etl.settings import Settings
+from gpu_etl.source import Source
 from gpu_etl.tally import Tally
 from gpu_etl.text import NEWLINE
 

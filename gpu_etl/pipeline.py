@@ -14,13 +14,14 @@ from gpu_etl import backend, formats, integrity, kept, manifest, splits, vocabul
 from gpu_etl.counting import CountPass
 from gpu_etl.encoding import EncodePass, day_shifts, scatter
 from gpu_etl.errors import BadRowError, DataError, DeviceMemoryError, KeepWorkError
-from gpu_etl.extract import Source, open_sources
+from gpu_etl.extract import open_sources
 from gpu_etl.journal import Journal
 from gpu_etl.prefetch import Crew
 from gpu_etl.publish import publish, stamps
 from gpu_etl.schema import FIRST_DENSE
 from gpu_etl.settings import Settings
 from gpu_etl.shuffle import Buckets
+from gpu_etl.source import Source
 from gpu_etl.sources import Stamp, check_unchanged
 from gpu_etl.tally import Tally
 from gpu_etl.workfolder import JOB, JOURNAL, WORK, describe_job, finished, guess_rows, prepare, remove, until_sound

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from gpu_etl.random_keys import row_keys
 from gpu_etl.schema import Preset
-from gpu_etl.shuffle import row_keys
 
 SAMPLE, NEGATIVES = 1, 2  # independent streams of random numbers
 

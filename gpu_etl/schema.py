@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from common import typed
 from gpu_etl.errors import DataError
 
 DENSE = 13
@@ -28,6 +29,7 @@ def split_file(split: str) -> str:
 
 ORDERS = ("first", "count")
 DENSE_RULES = ("clamp", "min", "plus2")
+LARGEST_FIRST_ID = 2**16 - 1  # all ids below the first one's are rows of every table
 LAST_DAY_RULES = ("test-ceil", "test-floor", "val-ceil", "test-all")
 
 
@@ -50,6 +52,7 @@ class Preset:
     number of rows is rounded; or "test-all", and there is no validation split.
     """
 
+    __pydantic_config__ = typed.STRICT
     name: str
     order: str
     first_id: int
@@ -78,10 +81,14 @@ class Preset:
             if not 0 <= getattr(self, name) <= 1:
                 flag = name.replace("_", "-")
                 raise DataError(f"--{flag}: expected a share from 0 to 1, got {getattr(self, name)}")
+        if not 0 <= self.first_id <= LARGEST_FIRST_ID:
+            raise DataError(f"--first-id: expected 0 to {LARGEST_FIRST_ID}, got {self.first_id}")
+        if not 0 <= self.rare_id < max(1, self.first_id):
+            raise DataError(f"--rare-id: expected 0, or an id below --first-id {self.first_id}, got {self.rare_id}")
         if self.first_id == 0 and (self.min_count > 1 or self.max_table_size):
             raise DataError(
-                f"--min-count {self.min_count} --max-table-size {self.max_table_size}: preset {self.name!r} keeps "
-                "every value and has no id for rare ones; use --preset count"
+                f"--first-id 0 --min-count {self.min_count} --max-table-size {self.max_table_size}: expected to keep "
+                f"every value, as preset {self.name!r} has no id for rare ones; use --preset count"
             )
         if 0 < self.max_table_size <= self.first_id:
             raise DataError(f"--max-table-size: expected more than {self.first_id}, got {self.max_table_size}")

@@ -8,6 +8,11 @@ from gpu_etl.errors import DataError
 from gpu_etl.schema import PRESETS, Preset
 
 MIN_SLAB_BYTES = 1 << 10
+MAX_TIMEOUT = 1_000_000  # seconds
+MOST_SLAB_BYTES = 1 << 40
+MOST_THREADS = 1024
+MOST_DAYS = 10_000
+SEEDS = -(2**63), 2**64 - 1
 
 
 def without_bad_rows(shaping: dict) -> dict:
@@ -18,12 +23,14 @@ def without_bad_rows(shaping: dict) -> dict:
 @dataclass(frozen=True)
 class Settings:
     """Everything that shapes the encoded bytes, and what does not: device, threads, workers, scheduler, slab_bytes,
-    memory_limit, keep_on_device, max_bad_rows.
+    memory_limit, keep_on_device, max_bad_rows, dashboard_address, security, worker_timeout.
 
     days: cut the one input file into so many days; 0: every file is a day. fractions: shares of all rows that train,
     test and validate, in file order, instead of halving the last day. form: one of formats.FORMS. bad_rows: "error" or
     "skip", up to max_bad_rows. threads: of the CPU, 0 for all cores. workers, scheduler: spread the days over so many
-    processes of this machine, or over those of a Dask scheduler (see cluster.py). slab_bytes: of text held at
+    processes of this machine, or over those of a Dask scheduler (see cluster.py). dashboard_address: of the former,
+    "" for a free port of 127.0.0.1; security: TLS of either (see cluster_start.py); worker_timeout: seconds in which a
+    worker must come, and be heard of where no task ends. slab_bytes: of text held at
     a time, 0 for what suits the device. memory_limit: bytes of device memory, 0 for no limit. keep_on_device: with
     "cuda", leave coded rows there between the passes where they fit.
     """
@@ -40,6 +47,9 @@ class Settings:
     threads: int = 0
     workers: int = 0
     scheduler: str = ""
+    dashboard_address: str = ""
+    security: str = ""
+    worker_timeout: float = 120.0
     slab_bytes: int = 0
     memory_limit: int = 0
     keep_on_device: bool = True
@@ -47,12 +57,18 @@ class Settings:
     def check(self, inputs: int) -> None:
         """Raise DataError where a setting is out of range or does not fit the number of input files."""
         self.preset.check()
-        if self.slab_bytes and self.slab_bytes < MIN_SLAB_BYTES:
-            raise DataError(f"--slab-bytes: expected {MIN_SLAB_BYTES} or more, got {self.slab_bytes}")
-        if self.threads < 0 or self.workers < 0:
-            raise DataError(f"--threads, --workers: expected 0 or more, got {self.threads} and {self.workers}")
+        if self.slab_bytes and not MIN_SLAB_BYTES <= self.slab_bytes <= MOST_SLAB_BYTES:
+            raise DataError(f"--slab-bytes: expected {MIN_SLAB_BYTES} to {MOST_SLAB_BYTES}, got {self.slab_bytes}")
+        if not 0 <= self.threads <= MOST_THREADS or self.workers < 0:
+            raise DataError(
+                f"--threads, --workers: expected 0 or more, up to {MOST_THREADS} threads, got {self.threads} and "
+                f"{self.workers}"
+            )
+        if not SEEDS[0] <= self.seed <= SEEDS[1]:
+            raise DataError(f"--seed: expected {SEEDS[0]} to {SEEDS[1]}, got {self.seed}")
         if self.on_cluster:
             packages.require("distributed", "--workers, --scheduler")
+        self._check_cluster()
         if self.on_cluster and (self.days or self.fractions):
             raise DataError(
                 "--workers and --scheduler give each day file to one worker: not with --days or --fractions, where all "
@@ -61,12 +77,12 @@ class Settings:
         if self.form not in formats.FORMS:
             raise DataError(f"--format: expected one of {', '.join(formats.FORMS)}, got {self.form!r}")
         BadRows(self.bad_rows, self.max_bad_rows).check()
-        if self.days and (self.days < 2 or inputs != 1):
+        if self.days and (not 2 <= self.days <= MOST_DAYS or inputs != 1):
             raise DataError(
-                f"--days {self.days} with {inputs} input files: expected one file to cut into 2 or more days"
+                f"--days {self.days} with {inputs} input files: expected one file to cut into 2 to {MOST_DAYS} days"
             )
         shares = self.fractions
-        if shares and (len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-9):
+        if shares and not (len(shares) == 3 and min(shares) >= 0 and abs(sum(shares) - 1) <= 1e-9):
             raise DataError(f"--fractions {shares}: expected three shares (train, test, val) that add up to 1")
         if self.fractions and self.days:
             raise DataError("--fractions and --days: choose one")
@@ -75,6 +91,14 @@ class Settings:
                 f"--days with --sample {self.preset.sample} --sample-last {self.preset.sample_last}: where the last "
                 "day of one file begins is not known before it was read; give both the same value"
             )
+
+    def _check_cluster(self) -> None:
+        if self.dashboard_address and (self.scheduler or not self.workers):
+            raise DataError("--dashboard-address: goes with --workers; a scheduler of --scheduler has its own")
+        if self.security and not self.on_cluster:
+            raise DataError("--security: goes with --scheduler or --workers")
+        if not 0 < self.worker_timeout <= MAX_TIMEOUT:
+            raise DataError(f"--worker-timeout: expected 0 to {MAX_TIMEOUT} seconds, got {self.worker_timeout}")
 
     @property
     def on_cluster(self) -> bool:

@@ -10,106 +10,17 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
-import numba
 import numpy as np
 
+from gpu_etl.append import Appended
 from gpu_etl.errors import WorkDamagedError
-from gpu_etl.jit import compiled, compiled_parallel
 from gpu_etl.memory import Reused
+from gpu_etl.numbered import DAY_SHIFT, NUMBERED
 from gpu_etl.prefetch import ALONE, nothing, prefetch
-from gpu_etl.schema import COLUMNS
-from gpu_etl.spill import DAY_SHIFT, NUMBERED, append
 
-GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
-MAX_BUCKETS = 512  # open files; beyond this, buckets grow instead
+MAX_BUCKETS = 512  # files of a work folder; beyond this, buckets grow instead
 TAIL_ROWS = 1 << 12
 READ_BYTES = 1 << 20  # of a bucket, at least, by one reader
-NUMBER_WORDS = 2  # a numbered row as 32-bit words: the number, low half first, then the row
-
-
-@compiled
-def mix64(x):
-    """SplitMix64's finaliser (Steele, Lea, Flood 2014), a bijection of uint64."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-@compiled
-def start_of_keys(seed):
-    """What the keys of a seed (uint64) begin with."""
-    return mix64(mix64(seed) + GOLDEN_GAMMA)
-
-
-@compiled
-def key_of(start, row):
-    """Sort key, uint64, of the row with that number; start: start_of_keys(seed)."""
-    return mix64(start + GOLDEN_GAMMA * np.uint64(row))
-
-
-@compiled
-def bucket_of(key, buckets):
-    """Equal ranges of keys, without a division: the key's high 32 bits times the number of buckets, over 2^32."""
-    return np.int64((key >> np.uint64(32)) * np.uint64(buckets) >> np.uint64(32))
-
-
-@compiled
-def _keys(seed, rows, keys):
-    """keys[i] = sort key of the row with number rows[i]."""
-    start = start_of_keys(seed)
-    for i in range(len(rows)):
-        keys[i] = key_of(start, rows[i])
-
-
-def keys_of(seed: int, rows: np.ndarray) -> np.ndarray:
-    """Sort keys uint64 [n] of the rows with these numbers, int64 [n]; all keys of one seed are distinct."""
-    keys = np.empty(len(rows), np.uint64)
-    _keys(np.uint64(seed % 2**64), np.ascontiguousarray(rows), keys)
-    return keys
-
-
-def row_keys(seed: int, first_row: int, rows: int) -> np.ndarray:
-    """Sort keys uint64 [rows] of rows first_row, first_row + 1, ..."""
-    return keys_of(seed, np.arange(first_row, first_row + rows))
-
-
-@compiled
-def _places(keys, ends, places):
-    """places[row] = where it goes, so that rows are grouped by bucket: b's come to lie at ends[b - 1] to ends[b]."""
-    ends[:] = 0
-    for row in range(len(keys)):
-        ends[bucket_of(keys[row], len(ends))] += 1
-    next_place = np.cumsum(ends) - ends
-    ends[:] = np.cumsum(ends)
-    for row in range(len(keys)):
-        bucket = bucket_of(keys[row], len(ends))
-        places[row] = next_place[bucket]
-        next_place[bucket] += 1
-
-
-@compiled_parallel
-def _scatter(coded, first_row, places, words):
-    for row in numba.prange(len(places)):
-        place = np.uint64(places[row])
-        number = first_row + row
-        words[place, 0] = number & 0xFFFFFFFF
-        words[place, 1] = number >> 32
-        for column in range(COLUMNS):
-            words[place, NUMBER_WORDS + column] = coded[row, column]
-
-
-def group(
-    coded: np.ndarray, first_row: int, seed: int, buckets: int, memory: Reused
-) -> tuple[np.ndarray, np.ndarray]:
-    """Rows (32-bit integers [n, 40], numbered from first_row on) by bucket, for Buckets.add.
-
-    Returns them as NUMBERED [n], in `memory`, and int64 [buckets]: where each bucket's rows end.
-    """
-    numbered = memory.empty((len(coded),), NUMBERED)
-    ends, places = np.empty(buckets, np.int64), np.empty(len(coded), np.int64)
-    _places(row_keys(seed, first_row, len(coded)), ends, places)
-    _scatter(coded.view(np.uint32), first_row, places, numbered.view(np.uint32).reshape(-1, NUMBER_WORDS + COLUMNS))
-    return numbered, ends
 
 
 def bucket_count(rows: int, bucket_bytes: int) -> int:
@@ -134,7 +45,7 @@ class Buckets:
         self.paths = [folder / f"bucket_{b}" for b in range(count)]
         self.sums = np.zeros(count, np.uint64)
         if kept is None:
-            self._files = []
+            self._files = Appended([])
             return
         left = sum(_cut_back(path, np.array(kept) + first_row) for path in self.paths)
         if count and left != sum(kept):
@@ -142,7 +53,7 @@ class Buckets:
                 f"{folder}: expected {sum(kept)} rows in shuffle buckets, found {left}: not what that run's journal "
                 "says (did the machine stop?)"
             )
-        self._files = [open(path, "ab", buffering=0) for path in self.paths]  # noqa: SIM115 - closed in close()
+        self._files = Appended(self.paths)
 
     def add(self, numbered: np.ndarray, ends: np.ndarray) -> None:
         """Take what group() made. It is with the kernel on return."""
@@ -153,9 +64,9 @@ class Buckets:
 
         def write(first: int, last: int) -> None:
             places = begins[first:last].tolist(), ends[first:last].tolist()
-            for file, begin, end in zip(self._files[first:last], *places, strict=True):
+            for bucket, begin, end in zip(range(first, last), *places, strict=True):
                 if begin < end:
-                    append(file, numbered[begin:end])
+                    self._files.append(bucket, numbered[begin:end])
 
         crew.run([partial(write, *buckets) for buckets in ranges if buckets[0] < buckets[1]])
 
@@ -192,8 +103,7 @@ class Buckets:
 
     def close(self) -> None:
         """Close the bucket files."""
-        for file in self._files:
-            file.close()
+        self._files.close()
 
 
 def _read_at(descriptor: int, view: memoryview, begin: int) -> None:

@@ -23,7 +23,7 @@ class Stamp(NamedTuple):
 
 
 class Stamped(Protocol):
-    """What is asked of a source here; see text.Source."""
+    """What is asked of a source here; see source.Source."""
 
     path: Path
     size: int

@@ -1,58 +1,18 @@
 """Dictionary-coded rows on disk between the passes, and the dictionaries' keys.
 
-A coded row is a record whose 26 ids are dictionary codes. Its number holds the place that it came from: the day file's
-place among the inputs above DAY_SHIFT, the row's place among those kept of that day below. So a row's number does not
-depend on how far other days were read.
+A coded row is a record whose 26 ids are dictionary codes.
 """
 
-import os
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
+from gpu_etl.append import Appended, cut
 from gpu_etl.codecs import crc32
-from gpu_etl.errors import WorkDamagedError
 from gpu_etl.schema import COLUMNS, RECORD_BYTES, RECORD_DTYPE, SPARSE
 
-DAY_SHIFT = 40
-NUMBERED = np.dtype([("row", "<i8"), ("coded", RECORD_DTYPE, (COLUMNS,))])
 KEY = np.dtype("<i8")  # column << 32 | value
 KEYS = "keys"
-
-
-def first_number(day: int) -> int:
-    """Number of a day's first row."""
-    return day << DAY_SHIFT
-
-
-def words_of(numbered: np.ndarray) -> np.ndarray:
-    """Rows NUMBERED [n], contiguous, as int32 [n, 42]: the number in the first two, the coded row behind it."""
-    return numbered.view(RECORD_DTYPE).reshape(len(numbered), NUMBERED.itemsize // RECORD_DTYPE.itemsize)
-
-
-def append(file: BinaryIO, array: np.ndarray) -> None:
-    """Append a contiguous array to a file opened for it, unbuffered; it is with the kernel on return, or OSError was
-    raised. All bytes of work files and splits that one process writes go through here.
-
-    ndarray.tofile leaves the last bytes in a buffer of C, and says nothing where a full disk does not take them.
-    """
-    view = memoryview(array.reshape(-1).view(np.uint8))
-    while view:
-        view = view[file.write(view) :]
-
-
-def open_cut(path: Path, size: int) -> BinaryIO:
-    """Open a file for append() behind its first `size` bytes; the others go. WorkDamagedError where it is shorter."""
-    path.touch()
-    found = path.stat().st_size
-    if found < size:
-        raise WorkDamagedError(
-            f"{path}: expected {size} bytes to go on behind, found {found}: less than that run's journal says (did the "
-            "machine stop?)"
-        )
-    os.truncate(path, size)
-    return open(path, "ab", buffering=0)
 
 
 class Spill:
@@ -64,13 +24,13 @@ class Spill:
 
     def __init__(self, folder: Path, kept: list[int], keys: int):
         self.folder = folder
-        self._files = [open_cut(folder / f"rows_{day}", rows * RECORD_BYTES) for day, rows in enumerate(kept)]
-        self._key_file = open_cut(folder / KEYS, keys * KEY.itemsize)
+        rows = [cut(folder / f"rows_{day}", rows * RECORD_BYTES) for day, rows in enumerate(kept)]
+        self._files = Appended([cut(folder / KEYS, keys * KEY.itemsize), *rows])
         self.keys_crc = crc32(np.fromfile(folder / KEYS, np.uint8))
 
     def add(self, day: int, coded: np.ndarray) -> None:
         """Append rows int32 [n, 40], C-contiguous, of a day. They are with the kernel on return."""
-        append(self._files[day], coded)
+        self._files.append(1 + day, coded)
 
     def read(self, day: int, begin: int, end: int) -> np.ndarray:
         """Rows begin to end of a day, int32 [n, 40]."""
@@ -87,7 +47,7 @@ class Spill:
         """Append 26 arrays of new keys; returns how many they were together."""
         columns = np.repeat(np.arange(SPARSE, dtype=KEY), [len(column) for column in keys])
         stored = columns << 32 | np.concatenate(keys)
-        append(self._key_file, stored)
+        self._files.append(0, stored)
         self.keys_crc = crc32(stored, self.keys_crc)
         return len(columns)
 
@@ -103,5 +63,4 @@ class Spill:
 
     def close(self) -> None:
         """End writing; reading goes on."""
-        for file in (*self._files, self._key_file):
-            file.close()
+        self._files.close()

@@ -22,9 +22,9 @@ from tqdm import tqdm
 from gpu_etl import codecs
 from gpu_etl.errors import DataError
 from gpu_etl.jit import compiled
+from gpu_etl.random_keys import GOLDEN_GAMMA, mix64, row_keys
 from gpu_etl.rows import NEWLINE, TAB, ZERO, hash32
 from gpu_etl.schema import DENSE, SPARSE
-from gpu_etl.shuffle import GOLDEN_GAMMA, mix64, row_keys
 
 TRUTH_FILE = "truth.json"
 CHUNK_ROWS = 1 << 16
@@ -237,15 +237,15 @@ def auc(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _describe(truth: np.ndarray) -> dict:
-    """What the true probabilities reach on these rows."""
+    """What the true probabilities reach on these rows; None for an AUC of rows that all have the same label."""
     probability, without_pairs, label = truth.T
     loss = -np.mean(np.where(label == 1, np.log(probability), np.log1p(-probability)))
     return {
         "rows": len(truth),
-        "click_rate": label.mean(),
-        "best_auc": auc(probability, label),
-        "best_auc_without_pairs": auc(without_pairs, label),
-        "best_log_loss": loss,
+        "click_rate": float(label.mean()),
+        "best_auc": auc(probability, label) if 0 < label.sum() < len(label) else None,
+        "best_auc_without_pairs": auc(without_pairs, label) if 0 < label.sum() < len(label) else None,
+        "best_log_loss": float(loss),
     }
 
 
@@ -257,8 +257,10 @@ def write_days(out: Path, rows: int, days: int, seed: int, compress: bool, signa
     The same rows, days, seed and signal (see draw_model) make the same bytes. Raises DataError for fewer than two days
     or ten rows a day, for a signal that is not above 0, and where day files are there that it has not made.
     """
-    if not signal > 0:
+    if not 0 < signal < np.inf:
         raise DataError(f"--signal {signal}: expected a number above 0")
+    if seed < 0:
+        raise DataError(f"--seed {seed}: expected 0 or more")
     if days < 2 or rows < 10 * days:
         raise DataError(f"--rows {rows} --days {days}: expected 2 days or more, of 10 rows or more each")
     out = Path(out)
@@ -289,7 +291,7 @@ def write_days(out: Path, rows: int, days: int, seed: int, compress: bool, signa
         "test": _describe(truths[-1][:half]),
         "val": _describe(truths[-1][half:]),
     }
-    (out / TRUTH_FILE).write_text(json.dumps(described, indent=1) + "\n")
+    (out / TRUTH_FILE).write_text(json.dumps(described, indent=1, allow_nan=False) + "\n")
     for path in paths:  # behind the truth, so that a run that was killed has left no day without it
         _part(path).rename(path)
     return described

@@ -22,37 +22,13 @@ from gpu_etl.codecs import crc32
 from gpu_etl.errors import DataError
 from gpu_etl.memory import Pool, Reused
 from gpu_etl.prefetch import in_order, nothing
-from gpu_etl.sources import Stamp
+from gpu_etl.source import Source
 
 NEWLINE = 10
 PIECE_BYTES = 1 << 18  # read at a time, and summed up while in the cache
 TAIL_BYTES = 1 << 16  # room of a slab behind its share, for the end of the last row
 STEP_BYTES = 1 << 12
 BLANK_BYTES = 1 << 9  # at the end of a day that may be blank lines, which are no rows then
-
-
-@dataclass
-class Source:
-    """One day file, or `size` bytes of a plain text one from `begin` on: how many bytes were read, and the CRC-32 of
-    what was read. stamp: of the whole file, None where it is not looked at again. parts: the files of a day of part
-    files, whose path is their folder, and whose size, CRC-32 and bytes read are those of the files joined to one."""
-
-    path: Path
-    size: int
-    begin: int = 0
-    read: int = 0
-    crc32: int = 0
-    stamp: Stamp | None = None
-    parts: tuple["Source", ...] = ()
-
-    @property
-    def files(self) -> tuple["Source", ...]:
-        """The files of the day."""
-        return self.parts or (self,)
-
-    def fresh(self) -> "Source":
-        """The same source, of which nothing was read."""
-        return replace(self, read=0, crc32=0, parts=tuple(part.fresh() for part in self.parts))
 
 
 @dataclass
@@ -74,19 +50,19 @@ class TextSlab:
         self._ends = kernels.find_rows(self.text)
 
     def parse(self, kernels: ModuleType, memory: Reused) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """See extract.Slab."""
+        """See source.Slab."""
         found = kernels.parse(self.text, self._ends, memory)
         self._left = self.text[kernels.rows_end(self.text, self._ends) :]
         self.end -= len(self._left)
         return found
 
     def release(self) -> None:
-        """See extract.Slab."""
+        """See source.Slab."""
         if not len(self._left):
             self.pool.give(self.text.base)
 
     def rest(self, kernels: ModuleType) -> "TextSlab | None":
-        """See extract.Slab."""
+        """See source.Slab."""
         if not len(self._left):
             return None
         slab = replace(self, end=self.end + len(self._left), text=self._left)
@@ -94,7 +70,7 @@ class TextSlab:
         return slab
 
     def describe(self, rows: Sequence[int], codes: Sequence[int]) -> list[str]:
-        """See extract.Slab."""
+        """See source.Slab."""
         return [
             faults.describe(self.text, begin, end, code, self.labelled)
             for (begin, end), code in zip(faults.places(self.text, rows), codes, strict=True)

@@ -3,10 +3,8 @@
 from pathlib import Path
 
 from gpu_etl.errors import DataError
-from gpu_etl.formats import FORMS, expected_files
 from gpu_etl.load.dataset import open_dataset
-from gpu_etl.manifest import FILE_NAME, Manifest, describe_file
-from gpu_etl.vocabulary import FILE_NAME as VOCABULARY
+from gpu_etl.manifest import VOCABULARY, Manifest, describe_file
 from gpu_etl.vocabulary import Vocabulary
 
 
@@ -18,27 +16,22 @@ def verify(folder: Path, progress=lambda rows: None) -> dict:
     """
     folder = Path(folder)
     manifest = Manifest.read(folder)
-    form = manifest.settings.get("format")
-    if form not in FORMS:
-        raise DataError(f"{folder / FILE_NAME}: settings.format: expected one of {', '.join(FORMS)}, got {form!r}")
-    unlisted = [name for name in [*expected_files(form), VOCABULARY] if name not in manifest.files]
-    if unlisted:
-        raise DataError(
-            f"{folder / FILE_NAME}: expected an entry for each file, found none for {', '.join(unlisted)}; the "
-            "manifest was changed: encode the days again"
-        )
     for name, expected in manifest.files.items():
         path = folder / name
         if not path.is_file():
             raise DataError(f"{path}: no such file, but the manifest lists it; encode the days again")
         found = describe_file(path)
         if found != expected:
-            raise DataError(f"{path}: expected {expected}, found {found}; the file was changed or damaged")
-    first_id = manifest.preset().first_id
-    Vocabulary.load(folder).check(first_id, manifest.table_sizes, folder / VOCABULARY)
+            what = "another SHA-256" if found["bytes"] == expected["bytes"] else f"{found['bytes']:,} bytes"
+            raise DataError(
+                f"{path}: expected the {expected['bytes']:,} bytes of the manifest, found {what}; the file was "
+                "changed or damaged: encode the days again"
+            )
+    sizes = manifest.table_sizes
+    Vocabulary.load(folder, sizes).check(manifest.preset().first_id, sizes, folder / VOCABULARY)
     dataset = open_dataset(folder, "auto")
     lacking = [split for split, rows in manifest.rows.items() if rows and split not in dataset.splits]
     if lacking:
         raise DataError(f"{folder}: the manifest tells of rows of {', '.join(lacking)}, but there are no files of it")
-    dataset.check_ids(manifest.table_sizes, progress)
-    return {"rows": manifest.rows, "files": len(manifest.files), "table_sizes": manifest.table_sizes}
+    dataset.check_ids(sizes, progress)
+    return {"rows": manifest.rows, "files": len(manifest.files), "table_sizes": sizes}

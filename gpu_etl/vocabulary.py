@@ -1,18 +1,20 @@
 """Counts of category values -> ids: merging, thresholds, order, and the hash table that the encode pass reads."""
 
-import zipfile
-import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from gpu_etl import rows
+from gpu_etl import manifest, npz, rows
 from gpu_etl.errors import DataError
 from gpu_etl.jit import compiled
 from gpu_etl.schema import FIRST_SPARSE, SPARSE, Preset
 
-FILE_NAME = "vocabulary.npz"
+FILE_NAME = manifest.VOCABULARY
+ENTRIES = 1 + 2 * SPARSE  # arrays in the file
+ENTRY_BYTES = 512  # at most, that one takes beside its values: two zip headers and one of .npy
+VALUE_BYTES = 4 + 8  # key and count
 
 
 @dataclass(frozen=True)
@@ -101,18 +103,25 @@ class Vocabulary:
         np.savez(folder / FILE_NAME, **arrays)
 
     @staticmethod
-    def load(folder: Path) -> "Vocabulary":
-        """Read what save wrote. Raises DataError where the file is missing or damaged."""
+    def load(folder: Path, table_sizes: Sequence[int] | None = None) -> "Vocabulary":
+        """Read what save wrote. Takes no more memory than the file has bytes; with table_sizes, a file larger than the
+        id maps of such tables is not even opened. Raises DataError where it is missing, damaged or something else."""
         path = Path(folder) / FILE_NAME
         if not path.is_file():
             raise DataError(f"{path}: no such file; `python -m gpu_etl encode` writes it beside the data set")
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                keys = tuple(arrays[f"C{c + 1}"] for c in range(SPARSE))
-                counts = tuple(arrays[f"C{c + 1}_counts"] for c in range(SPARSE))
-                return Vocabulary(int(arrays["first_id"]), keys, counts)
-        except (KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            raise DataError(f"{path}: not the id maps of a data set, or damaged ({error})") from error
+        size = path.stat().st_size
+        most = ENTRIES * ENTRY_BYTES + VALUE_BYTES * sum(table_sizes) if table_sizes else size
+        if size > most:
+            raise DataError(
+                f"{path}: {size:,} bytes, where id maps of {sum(table_sizes):,} ids take at most {most:,}; not the id "
+                "maps of this data set: encode the days again"
+            )
+        names = [f"C{c + 1}" for c in range(SPARSE)]
+        with npz.Reader(path) as arrays:
+            first_id = arrays.read("first_id", np.int64, 0)
+            keys = tuple(arrays.read(name, np.uint32, 1) for name in names)
+            counts = tuple(arrays.read(f"{name}_counts", np.int64, 1) for name in names)
+        return Vocabulary(int(first_id), keys, counts)
 
     def check(self, first_id: int, table_sizes: list[int], path: Path) -> None:
         """Raise DataError where these are not the id maps of tables of such sizes, whose first id is first_id."""
@@ -121,9 +130,14 @@ class Vocabulary:
                 f"{path}: expected ids from {first_id} on for tables of {table_sizes} rows, got ids from "
                 f"{self.first_id} on for {self.table_sizes}; the id maps are another data set's: encode the days again"
             )
-        for c, keys in enumerate(self.keys):
-            if keys.dtype != np.uint32 or len(np.unique(keys)) != len(keys):
-                raise DataError(f"{path}: C{c + 1}: expected distinct values uint32, got some twice, or {keys.dtype}")
+        for c, (keys, counts) in enumerate(zip(self.keys, self.counts, strict=True)):
+            if len(np.unique(keys)) != len(keys):
+                raise DataError(f"{path}: C{c + 1}: expected distinct values, got some twice: encode the days again")
+            if len(counts) != len(keys) or (len(counts) and counts.min() < 1):
+                raise DataError(
+                    f"{path}: C{c + 1}_counts: expected how often each of {len(keys)} values was seen, 1 or more, got "
+                    f"{len(counts)} numbers from {counts.min(initial=0)} on: encode the days again"
+                )
 
 
 @compiled

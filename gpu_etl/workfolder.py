@@ -5,29 +5,45 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Any, Required, TypeVar
 
+from pydantic import Field
+from typing_extensions import TypedDict
+
+from common import typed
 from gpu_etl import backend, formats, manifest, vocabulary
 from gpu_etl.errors import DataError, KeepWorkError, WorkDamagedError
-from gpu_etl.extract import Source
 from gpu_etl.integrity import identity, read_json, write_json
 from gpu_etl.journal import Journal
+from gpu_etl.numbered import NUMBERED
 from gpu_etl.schema import RECORD_BYTES, Preset
 from gpu_etl.settings import Settings, without_bad_rows
 from gpu_etl.shuffle import bucket_count
+from gpu_etl.source import Source
 from gpu_etl.sources import Recorded, Stamp, check_same, located, unproven
-from gpu_etl.spill import NUMBERED
 
 WORK, JOB, JOURNAL = ".work", "job.json", "journal.jsonl"
 ASSUMED_ROW_BYTES = {".gz": 80, ".zst": 70, ".parquet": 60}  # of such a file, to guess at its rows; text: below
 ASSUMED_TEXT_ROW_BYTES = 220
 _OURS = re.compile(
     r"(job\.json|journal\.jsonl|parts\.json|keys|rows_\d+|bucket_\d+|vocabulary\.npz|ids\.npz|"
-    r"counts\.npz|merged_\d+_\d+\.npz)(\.\d+)?(\.part(\.npz)?)?"
+    r"counts\.npz|merged_\d+_\d+\.npz|check)(\.\d+)?(\.part(\.npz)?)?"
 )
 _PART = re.compile(r"part_\d+")
 _SPLIT_FILES = {name for form in formats.FORMS for name in formats.expected_files(form)}
 Result = TypeVar("Result")
+MOST_BUCKETS = 1 << 20
+
+
+class JobEntry(TypedDict, total=False):
+    """What JOB holds, but for "files"; see describe_job()."""
+
+    __pydantic_config__ = typed.STRICT
+    settings: Required[dict[str, Any]]
+    sources: Required[list[dict[str, Any]]]
+    buckets: Required[Annotated[int, Field(ge=0, le=MOST_BUCKETS)]]
+    cluster: Required[bool]
+    stamps: list[Any]  # of older versions
 
 
 def describe_job(sources: list[Source], settings: Settings) -> dict:
@@ -46,6 +62,10 @@ def describe_job(sources: list[Source], settings: Settings) -> dict:
 
 def _describe_source(source: Source) -> dict:
     """What the job says of a day; of part files, as the place that a run has come to is one in a file, each."""
+    try:
+        source.path.name.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{source.path}: the name is not UTF-8, as a manifest's must be; rename it") from None
     found = {"file": source.path.name, "bytes": source.size}
     return found | {"parts": [[part.path.name, part.size] for part in source.parts]} if source.parts else found
 
@@ -87,9 +107,27 @@ def _check_space(out: Path, sources: list[Source], preset: Preset) -> None:
     free = shutil.disk_usage(out).free
     if free < need:
         raise DataError(
-            f"{out}: about {need / 1e9:.0f} GB needed ({NUMBERED.itemsize} B a row while it runs, {RECORD_BYTES} B a "
-            f"row of result), {free / 1e9:.0f} GB free; choose another --out"
+            f"{out}: about {need / 1e6:,.1f} MB needed ({NUMBERED.itemsize} B a row while it runs, {RECORD_BYTES} B a "
+            f"row of result), {free / 1e6:,.1f} MB free; choose another --out"
         )
+
+
+def _read_job(work: Path) -> dict | None:
+    """What begin() wrote; None where there is no such file. Raises WorkDamagedError where it is something else."""
+    found = read_json(work / JOB)
+    if isinstance(found, dict):  # "files" holds paths, which JSON's reader takes only as far as they are UTF-8
+        typed.read(JobEntry, {key: found[key] for key in found if key != "files"}, str(work / JOB), WorkDamagedError)
+        days = found.get("files", [])
+        if isinstance(days, list) and all(isinstance(day, list) and all(map(_is_stamped, day)) for day in days):
+            return found
+    if found is not None:
+        raise WorkDamagedError(f"{work / JOB}: damaged, or not what this tool wrote there")
+    return None
+
+
+def _is_stamped(file) -> bool:
+    """Whether this is a path and the two numbers of its stamp."""
+    return isinstance(file, list) and [type(value) for value in file] == [str, int, int]
 
 
 def prepare(out: Path, job: dict, sources: list[Source], settings: Settings) -> Path:
@@ -101,7 +139,7 @@ def prepare(out: Path, job: dict, sources: list[Source], settings: Settings) -> 
     except OSError as error:
         raise DataError(f"{out}: cannot write there ({error.strerror}); choose another --out") from error
     try:
-        there = read_json(work / JOB)
+        there = _read_job(work)
     except WorkDamagedError:
         return work  # begin() says so
     if there is not None:
@@ -148,7 +186,7 @@ def _why_anew(work: Path, journal: Journal, job: dict, sources: list[Source]) ->
     """Why what is in the work folder cannot be built on, in words; None where it can, or where nothing is there."""
     ours = bool(journal.all("job"))
     try:
-        there = read_json(work / JOB)
+        there = _read_job(work)
         reason = f"{work / JOB}: no such file, beside the work of an earlier run" if there is None else None
     except WorkDamagedError as error:
         there, reason = None, str(error)

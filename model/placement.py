@@ -1,17 +1,10 @@
 """Make a plan: small tables on every rank, the others where they fit and load and memory are even."""
 
-import argparse
-import json
 import math
-import sys
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 
-from model.config import ConfigError, ModelConfig, names, read_config
-from model.numbers import number, whole
-from model.optimizers import NAMES
-from model.predict import MACHINES, Job, Machine, alone, costs, fixed_bytes, rank_bytes, step_seconds, table_bytes
-from model.sharding import COLUMN_OPTIMIZERS, Piece, Plan, PlanError, read_plan
+from model.predict import Job, Machine, fixed_bytes, rank_bytes, step_seconds, table_bytes
+from model.sharding import COLUMN_OPTIMIZERS, Piece, Plan, PlanError
 
 # Narrower pieces would read less than a memory sector of 64 B a row.
 LEAST_WIDTH = 16
@@ -130,102 +123,3 @@ def check_memory(plan: Plan, job: Job, machine: Machine) -> None:
             f"the plan does not fit: rank {rank} needs {needed[rank] / 1e9:.1f} GB of {machine.memory / 1e9:.1f} GB, "
             f"{(needed[rank] - machine.memory) / 1e9:.1f} GB too much; move some of its pieces, or let a plan be made"
         )
-
-
-def show(plan: Plan, job: Job, machine: Machine) -> str:
-    """The plan as a table for people, and what its slowest rank does."""
-    found = costs(plan, job, machine)
-    counts = ", ".join(f"{count} {kind}" for kind, count in plan.kinds().items())
-    lines = [f"{len(plan.sizes)} tables on {plan.world} ranks: {counts}",
-             "rank  pieces           rows       GB  width  predicted ms  MB sent"]  # fmt: skip
-    for rank, cost in enumerate(found):
-        pieces = plan.of(rank)
-        lines.append(
-            f"{rank:4}  {len(pieces):6}  {sum(p.rows for p in pieces):13,}  {cost.gigabytes:7.2f}  "
-            f"{sum(p.width for p in pieces):5}  {cost.milliseconds:12.3f}  {cost.bytes_sent / 1e6:7.1f}"
-        )
-    return "\n".join(lines)
-
-
-def forecast(job: Job, world: int, machine: Machine, plan: Plan | None = None) -> dict:
-    """Time of a step, its parts, memory, and efficiency against one rank: with the same global batch (strong), and with
-    one rank working on its share of it (weak)."""
-    plan = plan or make_plan(job, world, machine)
-    slowest = max(costs(plan, job, machine), key=lambda cost: cost.milliseconds)
-    seconds = slowest.milliseconds / 1e3
-    share = replace(job, batch_size=-(-job.batch_size // world))
-    one, one_share = alone(job, machine), alone(share, machine)
-    return {
-        "machine": machine.name, "world": world, "batch_size": job.batch_size,
-        "milliseconds": round(slowest.milliseconds, 3), "samples_per_second": round(job.batch_size / seconds),
-        "one_rank_samples_per_second": round(job.batch_size / one),
-        "times_one_rank": round(one / seconds, 2), "strong_efficiency": round(one / seconds / world, 3),
-        "weak_efficiency": round(one_share / seconds, 3),
-        "fits_one_rank": total_bytes(job, 1) <= machine.memory,
-        "slowest_rank": {key: round(value, 3) for key, value in asdict(slowest).items()},
-    }  # fmt: skip
-
-
-def main(argv: list[str] | None = None) -> int:
-    """python -m model.sharding."""
-    from model import sharding
-
-    parser = argparse.ArgumentParser(
-        prog="python -m model.sharding", description=sharding.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    rate = number(above=True)
-    parser.add_argument("--model_config", default="official_config", metavar="NAME|FILE", help=", ".join(names()))
-    parser.add_argument("--world", type=whole(1, 1 << 16), default=8, metavar="N", help="ranks (default: 8)")
-    parser.add_argument("--gpu", default="h200", choices=sorted(MACHINES), help="what a rank is (default: h200)")
-    parser.add_argument("--batch_size", type=whole(1), default=65536, metavar="B", help="global (default: 65536)")
-    parser.add_argument("--embedding_optimizer", default="sgd", choices=NAMES, help="of the tables (default: sgd)")
-    parser.add_argument("--wire_dtype", default="fp32", choices=sorted(WIRES), help="of vectors sent (default: fp32)")
-    parser.add_argument("--memory", type=rate, metavar="GB", help="of a rank (default: 92 %% of the card's)")
-    parser.add_argument("--link", type=rate, metavar="GB/S", help="within a node, each way (default: the card's)")
-    parser.add_argument("--network", type=rate, metavar="GB/S", help="between nodes, each way (default: the card's)")
-    parser.add_argument("--per_node", type=whole(1, 1 << 16), metavar="N", help="ranks of a node (default: 8)")
-    parser.add_argument("--plan", type=Path, metavar="FILE", help="judge this plan instead of making one")
-    parser.add_argument("--save_plan", type=Path, metavar="FILE", help="write the plan there")
-    args = parser.parse_args(argv)
-    given = {key: value * scale for key, scale in (("memory", 1e9), ("link", 1e9), ("network", 1e9), ("per_node", 1))
-             if (value := getattr(args, key))}  # fmt: skip
-    machine = replace(MACHINES[args.gpu], **given)
-    try:
-        config, _ = read_config(args.model_config)
-        result = _report(args, config, machine)
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(result, allow_nan=False))
-    return 0
-
-
-def _report(args: argparse.Namespace, config: ModelConfig, machine: Machine) -> dict:
-    job = Job(config, args.batch_size, args.embedding_optimizer, WIRES[args.wire_dtype])
-    plan = read_plan(args.plan) if args.plan else make_plan(job, args.world, machine)
-    plan.check(config, args.world, args.embedding_optimizer, f"--plan {args.plan}")
-    check_memory(plan, job, machine)
-    if args.save_plan:
-        plan.write(args.save_plan)
-    found = forecast(job, args.world, machine, plan)
-    cost = found["slowest_rank"]
-    words = [
-        show(plan, job, machine), "",
-        f"step {found['milliseconds']:.3f} ms on the slowest rank: MLPs {cost['mlps']:.3f}, interaction "
-        f"{cost['interaction']:.3f}, tables {cost['tables']:.3f}, exchange not hidden {cost['exposed']:.3f} (of "
-        f"vectors {cost['vectors']:.3f}, all-reduce {cost['all_reduce']:.3f}), launches {cost['overhead']:.3f}",
-        f"{found['samples_per_second']:,} samples/s, {found['times_one_rank']} times one rank with the whole batch"
-        f"{'' if found['fits_one_rank'] else ' (if it fitted there)'}; efficiency {found['strong_efficiency']:.0%} "
-        f"with the same global batch, {found['weak_efficiency']:.0%} with the same batch a rank",
-        f"assumed: {machine.stream / 1e12:.2f} TB/s of memory, {machine.matrix / 1e12:.0f} TFLOP/s of matrices, "
-        f"{machine.link / 1e9:.0f} GB/s within {machine.per_node} ranks and {machine.network / 1e9:.0f} GB/s beyond, "
-        f"each way; {1e6 * machine.latency:.0f} us a collective, {1e6 * machine.overhead:.0f} us of launches a step; "
-        "16-bit MLPs; data always there; no measurement",
-    ]  # fmt: skip
-    print("\n".join(words), file=sys.stderr)
-    return found
-
-
-if __name__ == "__main__":
-    sys.exit(main())

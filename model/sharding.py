@@ -19,7 +19,6 @@ of width W costs every rank b ids out and b vectors of W numbers back (b: local 
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -202,9 +201,3 @@ def read_plan(path: Path) -> Plan:
     )
     replicated = tuple(table.table for table in found.tables if table.replicated)
     return Plan(found.world, tuple(table.rows for table in found.tables), found.dim, replicated, tuple(sorted(pieces)))
-
-
-if __name__ == "__main__":
-    from model.placement import main
-
-    sys.exit(main())

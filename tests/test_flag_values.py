@@ -7,7 +7,7 @@ import pytest
 import dist_train
 import train
 from gpu_etl.pipeline import Settings, encode_days
-from model import flags, placement
+from model import flags, plan_command
 
 VALUES = ["nan", "inf", "-inf", "-1", "-0.5", "0", "1e20", "1e300", "1e400", str(10**20), "x", "", "1,5", "0x10",
           "1_000", "٣"]  # fmt: skip
@@ -76,7 +76,7 @@ PLAN = ["--world", "--batch_size", "--memory", "--link", "--network", "--per_nod
 def test_numbers_of_the_plan(capsys, name):
     for value in VALUES:
         words = ["--model_config", "criteo_kaggle_tiny", "--world", "2", name, value]
-        status, said = ended(placement.main, words, capsys)
+        status, said = ended(plan_command.main, words, capsys)
         assert status in (0, 1, 2) and "Traceback" not in said.err, (value, said.err)
         if value in ("nan", "inf", "x", "-1"):
             assert status == 2, value

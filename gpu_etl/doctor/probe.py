@@ -107,4 +107,4 @@ def triton() -> dict:
 PROBES = {"numba": numba, "cupy": cupy, "cudf": cudf, "dali": dali, "kvikio": kvikio, "triton": triton}
 
 if __name__ == "__main__":
-    print(json.dumps(PROBES[sys.argv[1]]()))
+    print(json.dumps(PROBES[sys.argv[1]](), allow_nan=False))

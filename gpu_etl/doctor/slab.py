@@ -19,8 +19,8 @@ from gpu_etl.doctor import slow
 from gpu_etl.doctor.child import outcome
 from gpu_etl.doctor.samples import texts
 from gpu_etl.memory import Reused
+from gpu_etl.numbered import NUMBERED, first_number
 from gpu_etl.schema import choose_preset
-from gpu_etl.spill import NUMBERED, first_number
 
 ROWS = {"cpu": 3000, "cuda": 200_000}
 SEEDS = range(12)

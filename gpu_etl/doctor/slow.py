@@ -7,8 +7,8 @@ import numpy as np
 
 from gpu_etl import rows
 from gpu_etl.doctor import specification
+from gpu_etl.numbered import DAY_SHIFT, NUMBERED
 from gpu_etl.schema import COLUMNS, FIRST_DENSE, FIRST_SPARSE, RECORD_DTYPE, SPARSE
-from gpu_etl.spill import DAY_SHIFT, NUMBERED
 from gpu_etl.tally import Summary
 from gpu_etl.vocabulary import ColumnCounts, Counts
 

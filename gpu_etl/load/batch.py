@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from gpu_etl.shuffle import row_keys
+from gpu_etl.random_keys import row_keys
 
 
 class Batch(NamedTuple):

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from gpu_etl.errors import DataError
 from gpu_etl.load.dataset import DataSet
-from gpu_etl.manifest import FILE_NAME, Manifest, describe_file
+from gpu_etl.manifest import FILE_NAME, VOCABULARY, Manifest, describe_file
 from gpu_etl.schema import DENSE, SPARSE, split_file
-from gpu_etl.vocabulary import FILE_NAME as VOCABULARY
 
 SAMPLES, SAMPLE_BYTES = 256, 1 << 16  # of a file of more than 16 MiB
 
@@ -37,7 +36,7 @@ def rows_digest(data: DataSet, split: str = "train") -> str:
             name for name in sorted(data.manifest.files) if name == split_file(split) or name.startswith(f"{split}/")
         ]
         sums = [(name, _sha256(data.manifest, name)) for name in names]
-        return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(sums, allow_nan=False).encode()).hexdigest()
     return sample(data.splits[split].paths)
 
 
@@ -63,9 +62,10 @@ def check_vocabulary(folder: Path, manifest: Manifest) -> None:
     path = Path(folder) / VOCABULARY
     if not path.is_file():
         raise DataError(f"{path}: no such file; `python -m gpu_etl encode` writes it beside the data set")
-    expected, found = manifest.files.get(VOCABULARY), describe_file(path)
+    expected, found = manifest.files[VOCABULARY], describe_file(path)
     if found != expected:
+        what = "another SHA-256" if found["bytes"] == expected["bytes"] else f"{found['bytes']:,} bytes"
         raise DataError(
-            f"{path}: expected {expected} by {FILE_NAME}, found {found}; the id maps were changed, or are another data "
-            "set's: encode the days again"
+            f"{path}: expected the {expected['bytes']:,} bytes of {FILE_NAME}, found {what}; the id maps were "
+            "changed, or are another data set's: encode the days again"
         )

@@ -9,6 +9,7 @@ import numpy as np
 from gpu_etl.errors import DataError
 from gpu_etl.load.files import DataFile
 from gpu_etl.load.sources import Source, check_range
+from gpu_etl.npz import read_header
 from gpu_etl.schema import DENSE, FIRST_DENSE, FIRST_SPARSE, SPARSE
 
 # Part -> the columns it holds, its width, dtypes it may have, the endings of its name.
@@ -25,22 +26,19 @@ class _Array:
 
     def __init__(self, path: Path, width: int, kinds: Sequence[str]):
         with open(path, "rb") as file:
-            try:
-                version = np.lib.format.read_magic(file)
-                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                shape, fortran, self.dtype = read(file)
-            except ValueError as error:
-                raise DataError(f"{path}: expected a .npy file: {error}") from error
+            shape, fortran, self.dtype = read_header(file, str(path))
             self._start = file.tell()
-        self.rows, self._width = shape[0] if shape else 0, width
-        if shape not in ((self.rows, width), (self.rows,) * (width == 1)) or fortran or self.dtype.kind not in kinds:
+        self.rows, self._width = shape[0] if shape else -1, width
+        fits = shape in ((self.rows, width), (self.rows,) * (width == 1)) and {*map(type, shape)} == {int}
+        if not fits or self.rows < 0 or fortran or self.dtype.kind not in kinds:
             raise DataError(
                 f"{path}: expected rows of {width}, row after row, dtype {' or '.join(kinds)}, got shape {shape}, "
                 f"{self.dtype}{', column after column' * fortran}"
             )
         expected, size = self._start + self.rows * width * self.dtype.itemsize, path.stat().st_size
         if size != expected:
-            raise DataError(f"{path}: expected {expected} bytes by its header, found {size}; the file is cut off")
+            what = "the file is cut off" if size < expected else "there is more behind its rows"
+            raise DataError(f"{path}: expected {expected:,} bytes by its header, found {size:,}; {what}")
         self._file = DataFile(path)
 
     @property

@@ -11,7 +11,7 @@ import numpy as np
 
 from gpu_etl.jit import compiled
 from gpu_etl.load.batch import batch_ranges, rank_range
-from gpu_etl.shuffle import mix64, row_keys
+from gpu_etl.random_keys import mix64, row_keys
 
 ROUNDS = 6  # of the Feistel network: with 4, which rows become neighbours is not quite random in windows of 400 rows
 ABREAST = 512  # pairs that go through it side by side

@@ -12,13 +12,15 @@ from gpu_etl import cpu
 from gpu_etl.bad_rows import BadRows
 from gpu_etl.counting import CODING
 from gpu_etl.errors import DataError
-from gpu_etl.extract import Slab, TextSlab, open_sources, read_day
+from gpu_etl.extract import open_sources, read_day
 from gpu_etl.load.batch import Batch, make_batch
 from gpu_etl.load.identity import check_vocabulary
-from gpu_etl.manifest import Manifest
+from gpu_etl.manifest import VOCABULARY, Manifest
 from gpu_etl.memory import Reused
 from gpu_etl.rows import INT32_MAX
 from gpu_etl.schema import COLUMN_NAMES, COLUMNS, FIRST_DENSE, FIRST_SPARSE, SPARSE
+from gpu_etl.source import Slab
+from gpu_etl.text import TextSlab
 from gpu_etl.vocabulary import Vocabulary, mark_unseen
 
 SLAB_BYTES = 4 << 20
@@ -55,7 +57,8 @@ class RawDay:
         manifest = Manifest.read(folder)
         check_vocabulary(folder, manifest)
         self._preset = manifest.preset()
-        words = Vocabulary.load(folder)
+        words = Vocabulary.load(folder, manifest.table_sizes)
+        words.check(self._preset.first_id, manifest.table_sizes, Path(folder) / VOCABULARY)
         self._lookup, self._popular = words.lookup(), words.popular()
         self.labelled = self._has_labels()
 

@@ -1,5 +1,7 @@
 """The reader of JSON and YAML from outside converts nothing, and says what is wrong with each key."""
 
+import json
+import os
 from dataclasses import dataclass
 
 import pytest
@@ -51,7 +53,7 @@ def test_what_fits_is_read_with_its_defaults():
         ('{"count": 1, "flag": "false"}', "f: flag: expected a valid boolean, got 'false'"),
         ('{"count": 1, "flag": 0}', "f: flag: expected a valid boolean, got 0"),
         ('{"count": 1, "share": NaN}', "f: damaged, or not JSON: NaN is no number of JSON"),
-        ('{"count": 1, "share": 1e999}', "f: share: expected a finite number"),
+        ('{"count": 1, "share": 1e999}', "f: damaged, or not JSON: 1e999 is too large a number"),
         ('{"count": -1}', "f: count: expected 0 or more, got -1"),
         ('{"count": 1, "count": 2}', "f: damaged, or not JSON: the key 'count' is there twice"),
         ('{"cuont": 1}', "f: cuont: no such key; did you mean count?"),
@@ -63,6 +65,7 @@ def test_what_fits_is_read_with_its_defaults():
         ("{", "f: damaged, or not JSON"),
         ("[" * 100_000, "f: damaged, or not JSON"),
         (b'{"count": 1}\xff', "f: damaged, or not JSON"),
+        (json.dumps({str(key): 0 for key in range(10_001)}), "f: damaged, or not JSON: an object of 10,001 keys"),
     ],
 )
 def test_what_does_not_is_told(text, words):
@@ -71,14 +74,30 @@ def test_what_does_not_is_told(text, words):
     assert words in str(raised.value)
 
 
-def test_each_wrong_key_has_its_line():
+def test_each_wrong_key_has_its_line_up_to_a_limit():
     with pytest.raises(WrongError) as raised:
         typed.read(Thing, {"count": "1", "flag": 2, "shar": 1.0, "sizes": list("x" * 99)}, "f", WrongError)
     lines = str(raised.value).splitlines()
-    assert len(lines) == 102 and all(line.startswith("f: ") for line in lines)
+    assert len(lines) == 21 and all(line.startswith("f: ") for line in lines) and lines[-1] == "f: and 82 more"
 
 
 def test_long_values_are_cut():
     with pytest.raises(WrongError) as raised:
         typed.read(Thing, {"count": "1" * 10_000}, "f", WrongError)
     assert len(str(raised.value)) < 200
+
+
+def test_only_small_files_that_end_are_read(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"12345")
+    assert typed.read_file(path, WrongError, 5) == b"12345"
+    with pytest.raises(WrongError, match="file: expected at most 4 bytes, got 5"):
+        typed.read_file(path, WrongError, 4)
+    os.mkfifo(tmp_path / "pipe")
+    for there in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(WrongError, match=f"{there}: expected a file, got a pipe or a device"):
+            typed.read_file(there, WrongError)
+    for there in (tmp_path, tmp_path / "none", path / "in a file"):
+        with pytest.raises(OSError) as raised:
+            typed.read_file(there, WrongError)
+        assert raised.value.filename == str(there) or raised.value.filename == there

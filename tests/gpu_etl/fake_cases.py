@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ import numpy as np
 from numba import cuda as numba_cuda
 
 from gpu_etl import (
-    cluster,
+    cluster_start,
     cpu,
     cuda,
     cuda_dictionary,
@@ -33,8 +34,8 @@ from gpu_etl import (
 )
 from gpu_etl.errors import DataError
 from gpu_etl.pipeline import Settings, encode_days
+from gpu_etl.random_keys import start_of_keys
 from gpu_etl.schema import choose_preset
-from gpu_etl.shuffle import start_of_keys
 from tests import reference
 from tests.gpu_etl import fake_driver
 
@@ -127,7 +128,8 @@ def workers() -> None:
     """Two workers of Dask, as threads of this process: each must enter the device, and leave it to the other."""
     from dask.distributed import LocalCluster
 
-    cluster._local_cluster = lambda settings: LocalCluster(n_workers=2, threads_per_worker=1, processes=False)
+    workers = partial(LocalCluster, n_workers=2, threads_per_worker=1, processes=False)
+    cluster_start._local_cluster = lambda settings, security: workers(dashboard_address="127.0.0.1:0")
     with days(20, 20, 10) as paths:
         agrees_with_the_cpu(paths, workers=2)
 

@@ -37,12 +37,13 @@ from gpu_etl import (  # noqa: E402 - after THREADS
     rows,
 )
 from gpu_etl.errors import DataError, DeviceMemoryError  # noqa: E402
-from gpu_etl.extract import Source, open_sources, read_day  # noqa: E402
+from gpu_etl.extract import open_sources, read_day  # noqa: E402
 from gpu_etl.memory import Reused  # noqa: E402
+from gpu_etl.numbered import NUMBERED, first_number  # noqa: E402
 from gpu_etl.parquet import ROW_BYTES, _plain  # noqa: E402
 from gpu_etl.pipeline import Settings, encode_days  # noqa: E402
 from gpu_etl.schema import COLUMN_NAMES, choose_preset  # noqa: E402
-from gpu_etl.spill import NUMBERED, first_number  # noqa: E402
+from gpu_etl.source import Source  # noqa: E402
 from tests import reference  # noqa: E402
 from tests.gpu_etl import test_inputs as inputs  # noqa: E402
 

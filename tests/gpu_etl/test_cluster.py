@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("dask.distributed")
-from dask.distributed import LocalCluster
+from dask.distributed import Client, LocalCluster
 
 from gpu_etl import cluster as cluster_module
-from gpu_etl import cpu, formats, parts
+from gpu_etl import cluster_start, cpu, formats, parts
 from gpu_etl.__main__ import main
 from gpu_etl.errors import DataError
 from gpu_etl.pipeline import Settings, encode_days
@@ -164,7 +164,7 @@ def test_errors_of_a_worker_are_the_commands(four_days, cluster, tmp_path):
 
 
 def test_what_cannot_be(four_days, tmp_path, monkeypatch):
-    monkeypatch.setattr(cluster_module, "START_SECONDS", "1s")
+    monkeypatch.setattr(cluster_start, "START_SECONDS", 1.0)
     with pytest.raises(DataError, match="not with --days or --fractions"):
         encode_days(four_days, tmp_path / "set", Settings(workers=2, fractions=(0.5, 0.3, 0.2)))
     with pytest.raises(DataError, match="no Dask scheduler answers there"):
@@ -178,8 +178,8 @@ def test_a_set_is_published_before_the_cluster_ends(four_days, cluster, tmp_path
         clients.append(self)
         raise TimeoutError("timed out after 30 s")
 
-    real = cluster_module.Client.close
-    monkeypatch.setattr(cluster_module.Client, "close", close)
+    real = Client.close
+    monkeypatch.setattr(Client, "close", close)
     settings = Settings(scheduler=cluster.scheduler_address)
     encode_days(four_days, tmp_path / "set", settings)
     verify(tmp_path / "set")

@@ -9,10 +9,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gpu_etl import cpu, encoding, integrity, shuffle, synthetic
+from gpu_etl import cpu, encoding, integrity, synthetic
 from gpu_etl.errors import DataError, WorkDamagedError
 from gpu_etl.journal import Journal
 from gpu_etl.memory import Reused
+from gpu_etl.numbered import group
 from gpu_etl.pipeline import encode_days
 from tests.gpu_etl import damage
 from tests.gpu_etl.test_resume import BUCKET, SETTINGS, STEP, digests, killed_run
@@ -141,7 +142,7 @@ def test_random_damage_ends_right_or_with_an_error(tmp_path, case, work):
 
 def test_a_sum_of_digests_does_not_depend_on_where_rows_lie():
     coded = np.random.default_rng(1).integers(-(2**31), 2**31, (300, 40)).astype(np.int32)
-    numbered, ends = shuffle.group(coded, 7 << 40, 3, 5, Reused())
+    numbered, ends = group(coded, 7 << 40, 3, 5, Reused())
     sums = np.zeros(5, np.uint64)
     whole = integrity.rows_sum(coded, 7 << 40)
     assert integrity.add_to_buckets(numbered, ends, sums) == integrity.add(*sums.tolist()) == whole

@@ -19,7 +19,8 @@ from gpu_etl.errors import DataError
 from gpu_etl.extract import open_sources, read_day
 from gpu_etl.memory import Pool
 from gpu_etl.prefetch import Crew, in_order, prefetch
-from gpu_etl.text import Source, read_plain
+from gpu_etl.source import Source
+from gpu_etl.text import read_plain
 from tests.reference import write_rows
 
 TEXT = write_rows(seed=3, rows=200)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from gpu_etl.errors import DataError, WorkDamagedError
 from gpu_etl.load.cpu import CpuLoader
 from gpu_etl.load.dali import DaliLoader
 from gpu_etl.load.dataset import open_dataset
-from gpu_etl.manifest import Manifest
+from gpu_etl.manifest import VOCABULARY, Manifest, describe_file
+from gpu_etl.schema import PRESETS
+from gpu_etl.settings import Settings
 from tests.conftest import loader_params, needs
 
 CPU = torch.device("cpu")
@@ -46,6 +49,21 @@ def write_set(form, folder, splits=("train", "test", "val"), limit=1 << 24):
     for split in splits:
         write(form, folder, split, records[split])
     return records
+
+
+def describe(form, folder, rows):
+    """A manifest of the data set, whose large tables have as many rows as one may say."""
+    first_id = 2**16 - 1
+    settings = Settings(replace(PRESETS["count"], first_id=first_id), form=form)
+    names = [*formats.expected_files(form), VOCABULARY]
+    formats.write_extra_files(form, folder, SIZES)
+    (folder / VOCABULARY).write_bytes(b"")
+    kept = sum(rows.values())
+    source = {"file": "day_0", "bytes": 1, "crc32": "0" * 8, "rows": kept, "dropped": {}, "kept": kept, "clicks": 0,
+              "missing": [0] * 39}  # fmt: skip
+    sizes = [min(size, first_id) for size in SIZES]
+    files = {name: describe_file(folder / name) for name in names if (folder / name).exists()}
+    Manifest(rows, sizes, settings.shaping(), [source], files).write(folder)
 
 
 def same_bits(a, b):
@@ -211,7 +229,7 @@ def test_missing_and_empty_validation_splits(tmp_path, form):
     assert sorted(open_dataset(tmp_path, "auto").splits) == ["test", "train"]
     write(form, tmp_path, "val", random_records(1)[:0])
     rows = {"train": len(records["train"]), "test": len(records["test"]), "val": 0}
-    Manifest(rows=rows, table_sizes=SIZES, settings={}, sources=[], files={}).write(tmp_path)
+    describe(form, tmp_path, rows)
     assert sorted(open_dataset(tmp_path, "auto").splits) == ["test", "train"]
 
 
@@ -287,8 +305,11 @@ def test_half_a_file_of_ids_is_noticed_by_the_manifest(tmp_path):
     """Without table sizes, half of an int32 file is as good as an int16 one."""
     write_set("dle", tmp_path)
     path = tmp_path / "train" / "cat_3.bin"
-    path.write_bytes(path.read_bytes()[: 157 * 2])
+    whole = path.read_bytes()
+    path.write_bytes(whole[: 157 * 2])
     assert open_dataset(tmp_path, "dle").splits["train"].rows == 157
-    Manifest(rows=ROWS, table_sizes=SIZES, settings={}, sources=[], files={}).write(tmp_path)
+    path.write_bytes(whole)
+    describe("dle", tmp_path, ROWS)
+    path.write_bytes(whole[: 157 * 2])
     with pytest.raises(DataError, match=r"cat_3\.bin: expected 157 rows of 1, .*628 bytes \(int32\), got 314 bytes"):
         open_dataset(tmp_path, "dle")

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import struct
+import tracemalloc
 from collections import Counter
 from itertools import pairwise
 
@@ -152,6 +153,25 @@ def test_a_large_id_in_the_test_split_only_is_unseen_and_makes_the_table(foreign
     assert found["categories"]["C1"]["table_size"] == 100_001
     ids = {row[14] for row in read(foreign, "train")}
     assert found["categories"]["C1"]["unseen_test_share"] == sum(row[14] not in ids for row in records.tolist()) / 126
+
+
+@pytest.mark.parametrize("folder", ["count"], indirect=True)
+def test_without_a_manifest_an_id_costs_the_same_however_large_it_is(foreign, folder):
+    path = foreign / "terabyte_processed_train.bin"
+    records = np.fromfile(path, np.int32).reshape(-1, 40)
+    records[:, 14:] += 2**31 - 1 - records[:, 14:].max(0)
+    records.tofile(path)
+    tracemalloc.start()
+    try:
+        found = inspect(foreign)["categories"]
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
+    known = inspect(folder)["categories"]
+    for name in found:
+        assert found[name]["table_size"] == 2**31 and found[name]["unseen_test_share"] == 1
+        for figure in ("ids_in_train", "top_1_share", "top_10_share"):
+            assert found[name][figure] == known[name][figure]
 
 
 @pytest.mark.parametrize("folder", ["count"], indirect=True)

@@ -306,7 +306,7 @@ def test_what_is_wrong_with_numbers_is_told(tmp_path):
         (lambda f: np.save(f / "day_0_dense.npy", np.zeros((40, 13), np.int32)), "dtype f, got shape .* int32"),
         (lambda f: np.save(f / "day_0_dense.npy", np.zeros((40, 12), np.float32)), "expected rows of 13"),
         (lambda f: np.save(f / "day_0_dense.npy", np.full((40, 13), 99, np.float32)), "got 99; .* not logged"),
-        (lambda f: os.truncate(f / "day_0_sparse.npy", 1000), "by its header, found 1000; the file is cut off"),
+        (lambda f: os.truncate(f / "day_0_sparse.npy", 1000), "by its header, found 1,000; the file is cut off"),
         (lambda f: (f / "day_0_dense.npy").write_bytes(b"no array"), r"day_0_dense\.npy: expected a \.npy file"),
         (lambda f: [p.unlink() for p in f.glob("day_[12]_*")], "at least two days"),
     ],

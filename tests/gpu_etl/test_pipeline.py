@@ -16,9 +16,11 @@ import pytest
 from gpu_etl import counting, cpu, extract, manifest, splits
 from gpu_etl.errors import DataError
 from gpu_etl.memory import Reused
+from gpu_etl.numbered import group
 from gpu_etl.pipeline import Settings, encode_days
+from gpu_etl.random_keys import keys_of, row_keys
 from gpu_etl.schema import PRESETS, choose_preset, split_file
-from gpu_etl.shuffle import Buckets, group, keys_of, row_keys
+from gpu_etl.shuffle import Buckets
 from gpu_etl.verify import verify
 from tests import reference
 from tests.conftest import ROOT
@@ -234,8 +236,8 @@ def forge_id_maps(folder, **arrays):
         (lambda folder: change_manifest(folder, table_sizes=[1] * 25), "manifest.json: table_sizes: .*26 items"),
         (lambda folder: change_manifest(folder, table_size=[1]), "table_size: no such key; did you mean table_sizes"),
         (lambda folder: change_manifest(folder, rows={"train": 801.0, "test": 126, "val": 125}), "rows.train: "),
-        (lambda folder: change_manifest(folder, settings={"format": "records"}), "not the rules of a preset"),
-        (lambda folder: change_manifest(folder, settings={}), "settings.format: expected one of records"),
+        (lambda folder: change_manifest(folder, settings={"format": "records"}), "settings.preset: missing"),
+        (lambda folder: change_manifest(folder, settings={}), "settings.format: missing"),
         (lambda folder: forge_id_maps(folder, first_id=np.array(10**6)), "id maps are another data set's"),
         (lambda folder: forge_id_maps(folder, C1=np.zeros(3, np.uint32)), "id maps are another data set's"),
         (lambda folder: forge_id_maps(folder, C7=None), "C7: expected distinct values"),

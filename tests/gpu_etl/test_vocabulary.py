@@ -5,9 +5,9 @@ import pytest
 
 from gpu_etl import cpu, rows, vocabulary
 from gpu_etl.errors import DataError
+from gpu_etl.numbered import NUMBERED
+from gpu_etl.random_keys import keys_of
 from gpu_etl.schema import PRESETS, choose_preset
-from gpu_etl.shuffle import keys_of
-from gpu_etl.spill import NUMBERED
 from tests import reference
 
 

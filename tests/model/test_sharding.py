@@ -7,7 +7,9 @@ import pytest
 
 from model import placement
 from model.config import read_config
-from model.placement import check_memory, forecast, main, make_plan, show, total_bytes
+from model.placement import check_memory, make_plan, total_bytes
+from model.plan_command import main
+from model.plan_report import forecast, show
 from model.predict import MACHINES, Job, costs, exchange_bytes, rank_bytes
 from model.sharding import Piece, Plan, PlanError, read_plan, whole
 from tests.model.helpers import SIZES, small_config
