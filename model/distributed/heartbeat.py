@@ -24,6 +24,7 @@ from model.distributed.neighbours import Neighbours, Process, exit_words, this_p
 
 BEAT = 1.0  # seconds
 LOST_AFTER = 20.0  # seconds without a beat: the machine or its network is gone, or the process is stopped
+TIDY = 0.7  # seconds that the main thread has, after connections broke, to clear away a checkpoint half written
 FAR = 3.0  # seconds more for ranks of other machines: those beside them can say more
 SETTLE = 3.5  # seconds after a broken connection in which a rank that lives must have beaten again
 LOST_PEER = ("connection", "gloo", "nccl", "socket", "broken pipe", "timed out", "remote process", "store")
@@ -155,6 +156,8 @@ class Watch:
         for rank in self._neighbours:
             if rank in found["lost"] or self._neighbours.stopped(rank):
                 self._neighbours.kill(rank)
+        if threading.current_thread() is self._thread:
+            time.sleep(TIDY)
         with contextlib.suppress(OSError):
             sys.stdout.flush()
         os._exit(found["status"])
