@@ -61,9 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--backend", default="auto", choices=BACKENDS, help="nccl on GPUs, gloo on CPUs (default: by the device)"
     )
-    group.add_argument(
-        "--cache_eval_data", action=Boolean, default=False, help="keep the test batches on the device"
-    )
+    group.add_argument("--cache_eval_data", action=Boolean, default=False, help="keep the test batches on the device")
     group.add_argument("--plan", type=Path, metavar="FILE", help="place tables by this plan (default: make one)")
     group.add_argument("--save_plan", type=Path, metavar="FILE", help="write the plan, to be edited and given back")
     group.add_argument(

@@ -209,7 +209,9 @@ def measure(args: argparse.Namespace) -> dict:
         seconds = cost.seconds(H200, "bfloat16" if name == "step" else args.matrices)  # float32 sums: three passes
         total += seconds
         predicted[name] = {
-            "bytes": round(cost.bytes), "operations": round(cost.operations), "predicted_us": round(seconds * 1e6, 1)
+            "bytes": round(cost.bytes),
+            "operations": round(cost.operations),
+            "predicted_us": round(seconds * 1e6, 1),
         }
         if launches:
             taken = seconds_taken(launches[name])

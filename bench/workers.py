@@ -25,7 +25,6 @@ def _encode(days: list[Path], workers: int, out: str) -> Finished:
     return run("-m", "gpu_etl", "encode", *days, *words, "--out", out)
 
 
-
 def _turn(days: list[Path], out: str) -> tuple[float, float, float]:
     """Seconds of one worker, of two, and of two commands at once that know nothing of each other: one worker and half
     of the days each."""

@@ -212,8 +212,14 @@ def _describe(sources, tallies: list[Tally], ranges, table_sizes, files, setting
         settings=settings.shaping(),
         sources=[
             {
-                "file": s.path.name, "bytes": s.size, "crc32": t.crc32, "rows": t.read, "dropped": t.reasons(),
-                "kept": t.kept, "clicks": t.clicks, "missing": t.missing[FIRST_DENSE:].tolist(),
+                "file": s.path.name,
+                "bytes": s.size,
+                "crc32": t.crc32,
+                "rows": t.read,
+                "dropped": t.reasons(),
+                "kept": t.kept,
+                "clicks": t.clicks,
+                "missing": t.missing[FIRST_DENSE:].tolist(),
             }
             for s, t in zip(sources, tallies, strict=True)
         ],

@@ -21,9 +21,7 @@ def allocate(form: str, folder: Path, split: str, table_sizes: Sequence[int], ro
             file.truncate(rows * part.row_bytes)
 
 
-def write_at(
-    form: str, folder: Path, split: str, table_sizes: Sequence[int], row: int, records: np.ndarray
-) -> None:
+def write_at(form: str, folder: Path, split: str, table_sizes: Sequence[int], row: int, records: np.ndarray) -> None:
     """Write records int32 [n, 40] into the files of a split from row `row` on; allocate() made them."""
     for part in parts(form, split, table_sizes):
         with open(Path(folder) / part.path, "r+b", buffering=0) as file:

@@ -44,7 +44,10 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     synth.add_argument("--days", type=_whole(0, MOST_DAYS), default=3, metavar="N", help="day files (default: 3)")
     synth.add_argument("--seed", type=_whole(0, 2**64 - 1), default=0, help="of the model and the rows (default: 0)")
     synth.add_argument(
-        "--signal", type=_number(0, 1000), default=1.0, metavar="S",
+        "--signal",
+        type=_number(0, 1000),
+        default=1.0,
+        metavar="S",
         help="how much clicks depend on the row (default: 1)",
     )
     synth.add_argument("--gzip", action=argparse.BooleanOptionalAction, default=True, help="compress (default: yes)")

@@ -110,4 +110,3 @@ def main(args: argparse.Namespace) -> dict:
         "checks": [asdict(result) for result in results], **{word.lower(): n for word, n in counts.items()},
         "failed": [check.name for check in failed], "seconds": round(time.perf_counter() - start, 1),
     }  # fmt: skip
-

@@ -1,6 +1,6 @@
 """Checks of whole ways through the encoder and the loaders: one device, or one number of threads, against another.
 
-    python -m gpu_etl.doctor.whole encode cuda
+python -m gpu_etl.doctor.whole encode cuda
 """
 
 import argparse

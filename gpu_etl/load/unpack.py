@@ -191,7 +191,6 @@ class Unpacker:
                 places = self._rest[i : min(i + SLICE, left)]
                 dense[places] = torch.from_numpy(dense[places]).log_().numpy()
 
-
     def _first_wrong(self, rows: np.ndarray) -> int:
         """The first of packed rows int32 [n, 40] with a value that cannot be."""
         numbers = rows.view(np.float32) if self._floats else rows

@@ -218,7 +218,12 @@ class CountPass:
         return lambda: self._journal.record(slab={"day": slab.day, **store(), **event})
 
     def _storing(
-        self, day: int, values: np.ndarray, first: int, keys: Callable[[], list[np.ndarray]], buckets: Buckets,
+        self,
+        day: int,
+        values: np.ndarray,
+        first: int,
+        keys: Callable[[], list[np.ndarray]],
+        buckets: Buckets,
         memory: Reused,
     ) -> Callable[[], dict[str, int]]:
         """What writes the coded rows and the new keys, and returns what the journal says of them: how many keys there

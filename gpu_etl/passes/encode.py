@@ -161,9 +161,7 @@ class EncodePass:
         return self._finisher.finish(begin, end, records)
 
 
-def scatter(
-    spill: Spill, buckets: Buckets, day_rows: list[int], begin: int, end: int, journal: Journal
-) -> None:
+def scatter(spill: Spill, buckets: Buckets, day_rows: list[int], begin: int, end: int, journal: Journal) -> None:
     """Bring the rows begin to end of all days from the spill into the buckets, from where an earlier run stopped.
 
     Afterwards the journal has an event "bucket_sums". Raises WorkDamagedError where the buckets hold other rows than

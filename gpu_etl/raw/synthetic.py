@@ -212,7 +212,7 @@ def _write_day(path: Path, model: TrueModel, first_row: int, rows: int, compress
     out = np.empty(CHUNK_ROWS * ROW_BYTES, np.uint8)
     missing = np.array(MISSING_DENSE + MISSING_SPARSE)
     mean, deviation, pairs = np.array(LOG_MEAN), np.array(LOG_DEVIATION), np.array(PAIRS)
-    with open(_part(path), "wb") as raw, (codecs.write_gzip(raw) if compress else raw) as file:
+    with open(_part(path), "wb") as raw, codecs.write_gzip(raw) if compress else raw as file:
         for begin in range(0, rows, CHUNK_ROWS):
             end = min(begin + CHUNK_ROWS, rows)
             keys = row_keys(model.seed, first_row + begin, end - begin)

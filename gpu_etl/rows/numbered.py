@@ -52,9 +52,7 @@ def _scatter(coded, first_row, places, words):
             words[place, NUMBER_WORDS + column] = coded[row, column]
 
 
-def group(
-    coded: np.ndarray, first_row: int, seed: int, buckets: int, memory: Reused
-) -> tuple[np.ndarray, np.ndarray]:
+def group(coded: np.ndarray, first_row: int, seed: int, buckets: int, memory: Reused) -> tuple[np.ndarray, np.ndarray]:
     """Rows (32-bit integers [n, 40], numbered from first_row on) by bucket, for Buckets.add.
 
     Returns them as NUMBERED [n], in `memory`, and int64 [buckets]: where each bucket's rows end.

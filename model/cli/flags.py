@@ -38,7 +38,9 @@ def build_parser(description: str) -> argparse.ArgumentParser:
 
 def _add_data_flags(group) -> None:
     group.add_argument(
-        "--dataset", type=Path, metavar="DIR",
+        "--dataset",
+        type=Path,
+        metavar="DIR",
         help="data set made by `python -m gpu_etl encode` (default: the one that --ckpt was trained on)",
     )
     group.add_argument(
@@ -149,11 +151,15 @@ def _add_precision_flags(group) -> None:
         help="type of the tables' weights; a checkpoint's are converted to it (default: float32)",
     )  # fmt: skip
     group.add_argument(
-        "--stochastic_rounding", action=Boolean, default=True,
+        "--stochastic_rounding",
+        action=Boolean,
+        default=True,
         help="of half-precision tables after a step; false: to nearest (default: true)",
     )
     group.add_argument(
-        "--table_placement", default="device", choices=PLACEMENTS,
+        "--table_placement",
+        default="device",
+        choices=PLACEMENTS,
         help="host: the tables stay in host memory, and a GPU reads and writes their rows there (default: device)",
     )
     group.add_argument(

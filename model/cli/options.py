@@ -77,7 +77,12 @@ def loop_options(args: argparse.Namespace) -> LoopOptions:
 def keep_options(args: argparse.Namespace) -> KeepOptions:
     """When to write checkpoints, and which to keep."""
     return KeepOptions(
-        args.output_dir, args.save_freq, args.save_minutes, args.keep, args.save_best, args.save_model,
+        args.output_dir,
+        args.save_freq,
+        args.save_minutes,
+        args.keep,
+        args.save_best,
+        args.save_model,
         args.save_behind,
     )
 

@@ -38,9 +38,7 @@ class _LookupDot(torch.autograd.Function):
 
         bottom, rows, places = ctx.saved_tensors
         found, flag = ctx.found, ctx.embedding.flag
-        grad_bottom, grads = lookup_interaction.backward(
-            grad, bottom, places, found.weight, ctx.self_interaction, flag
-        )
+        grad_bottom, grads = lookup_interaction.backward(grad, bottom, places, found.weight, ctx.self_interaction, flag)
         ctx.embedding.update(rows.flatten(), grads, order=found.order, checked=flag is not None)
         return grad_bottom, None, None, None, None
 

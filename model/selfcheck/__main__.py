@@ -1,6 +1,6 @@
 """Run one check: exit status 0; 77 where it cannot be made here, or 1, with the reason as the last line of stderr.
 
-    python -m model.selfcheck NAME [cpu|cuda]
+python -m model.selfcheck NAME [cpu|cuda]
 """
 
 import argparse

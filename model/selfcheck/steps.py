@@ -42,7 +42,10 @@ def batches(rows: int) -> list[Batch]:
 
 
 def trainer(
-    device: torch.device, optimizer: str = "sgd", precision: Precision = Precision(), fused: bool = True  # noqa: B008
+    device: torch.device,
+    optimizer: str = "sgd",
+    precision: Precision = Precision(),  # noqa: B008 - frozen
+    fused: bool = True,
 ) -> Trainer:
     """A trainer of CONFIG with the same weights on every device."""
     settings = Optimizer(optimizer)

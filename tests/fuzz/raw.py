@@ -86,9 +86,7 @@ def parquet(case: Case) -> None:
     chance, days, damaged, paths = case.chance, [], False, []
     for day in range(DAYS):
         rows = [parse_row(line)[0] for line in write_rows(chance.randrange(10**9), chance.randint(2, 60)).splitlines()]
-        columns = {
-            name: _column(chance, [row[c] for row in rows], c) for c, name in enumerate(COLUMN_NAMES)
-        }
+        columns = {name: _column(chance, [row[c] for row in rows], c) for c, name in enumerate(COLUMN_NAMES)}
         path = case.folder / "days" / f"day_{day}.parquet"
         pq.write_table(
             pa.table(columns), path, row_group_size=17, compression=chance.choice(["snappy", "zstd", "none", "gzip"]),

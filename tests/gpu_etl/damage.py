@@ -126,9 +126,7 @@ def check(out: Path) -> str:
     return ""
 
 
-def rounds(
-    case: Case, folder: Path, number: int, seed: int, work: bool
-) -> Counter:
+def rounds(case: Case, folder: Path, number: int, seed: int, work: bool) -> Counter:
     """Damage so many files each way and go on. Returns how often which end came of which way; "wrong" is none that may.
 
     work: of work folders, or of whole data sets, which are verified.

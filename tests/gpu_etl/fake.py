@@ -1,6 +1,6 @@
 """One of the cases of simulated.py or fake_cases.py on the fake driver, in a process of its own:
 
-    NUMBA_DISABLE_JIT=1 python -m tests.gpu_etl.fake parse
+NUMBA_DISABLE_JIT=1 python -m tests.gpu_etl.fake parse
 """
 
 import gc

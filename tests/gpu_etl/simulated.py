@@ -1,6 +1,6 @@
 """Cases of test_cuda.py, each run in a process of its own: in Numba's simulator, or on a GPU.
 
-    NUMBA_ENABLE_CUDASIM=1 NUMBA_DISABLE_JIT=1 python -m tests.gpu_etl.simulated parse
+NUMBA_ENABLE_CUDASIM=1 NUMBA_DISABLE_JIT=1 python -m tests.gpu_etl.simulated parse
 """
 
 import hashlib

@@ -23,7 +23,9 @@ def kernel(text, ends, values, missing, faults, table, mask, ids):
             ids[row, c] = rows.encode_category(table, 0, mask, np.int64(values[row, 14 + c]), empty, False, 0, 0)
 """
 
-SIMULATE = KERNEL + """
+SIMULATE = (
+    KERNEL
+    + """
 from tests.reference import parse_row, write_rows
 lines = write_rows(seed=1, rows=12).removesuffix(b"\\n").split(b"\\n") + [b"", b"0" + b"\\t" * 39, b"0" + b"\\tz" * 39]
 text = np.frombuffer(b"\\n".join(lines), np.uint8).copy()
@@ -44,8 +46,11 @@ for row, line in enumerate(lines):
         assert ids[row].tolist() == [0 if v is None else known.get(v, 0) for v in expected[14:]]
 print("agrees")
 """
+)
 
-COMPILE = KERNEL + """
+COMPILE = (
+    KERNEL
+    + """
 import sys
 from types import SimpleNamespace
 from numba import types
@@ -63,6 +68,7 @@ ptx, _ = cuda.compile_ptx(kernel, signature, cc=capability)
 assert f".target sm_{capability[0]}{capability[1]}" in ptx, ptx[:400]
 print("compiled", len(ptx))
 """
+)
 
 
 def run(code: str, *words: str, **environment: str) -> str:

@@ -106,9 +106,7 @@ def npy(array, shape=None):
     if shape is None:
         return buffer.getvalue()
     head = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        head, {"descr": array.dtype.str, "fortran_order": False, "shape": shape}
-    )
+    np.lib.format.write_array_header_1_0(head, {"descr": array.dtype.str, "fortran_order": False, "shape": shape})
     return head.getvalue() + array.tobytes()
 
 

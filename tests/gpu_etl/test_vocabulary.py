@@ -45,9 +45,7 @@ def test_ids_are_those_of_the_reference(name, min_count, index_range):
     preset = choose_preset(name, min_count=min_count, max_index_range=index_range)
     values, missing = parsed(7, 900)
     words, _ = vocabulary.build(count(values, missing, preset), preset)
-    expected = reference.vocabularies(
-        reference.read_rows(reference.write_rows(7, 900)), name, min_count, index_range
-    )
+    expected = reference.vocabularies(reference.read_rows(reference.write_rows(7, 900)), name, min_count, index_range)
     for c, ids in enumerate(expected):
         found = {int(key): preset.first_id + i for i, key in enumerate(words.keys[c])}
         assert found == ids

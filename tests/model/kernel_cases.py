@@ -1,6 +1,6 @@
 """Cases of test_kernels.py, each run in a process of its own: in Triton's interpreter, or on a GPU.
 
-    TRITON_INTERPRET=1 python -m tests.model.kernel_cases forward_and_backward
+TRITON_INTERPRET=1 python -m tests.model.kernel_cases forward_and_backward
 """
 
 import sys

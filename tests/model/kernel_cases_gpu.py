@@ -1,6 +1,6 @@
 """Cases of test_kernels.py that need a GPU, each run in a process of its own: a CUDA graph, and real sizes.
 
-    python -m tests.model.kernel_cases_gpu graph
+python -m tests.model.kernel_cases_gpu graph
 """
 
 import sys

@@ -9,7 +9,6 @@ uses it. stand_in_cuda.py has streams, events and graphs; Triton's kernels run i
 Not seen here: what kernels of CUDA do, their types inside, timing, and what only C++ asks for (streams of autograd).
 """
 
-
 import torch
 from torch import is_tensor
 from torch.overrides import TorchFunctionMode

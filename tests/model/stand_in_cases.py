@@ -1,6 +1,6 @@
 """Cases of test_stand_in.py, each run in a process of its own, on a GPU that is not there (stand_in.py).
 
-    TRITON_INTERPRET=1 python -m tests.model.stand_in_cases steps
+TRITON_INTERPRET=1 python -m tests.model.stand_in_cases steps
 """
 # ruff: noqa: E402 - the stand-in comes before all else
 

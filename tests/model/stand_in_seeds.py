@@ -1,6 +1,6 @@
 """Faults put back where they once were, or might be: the stand-in finds them (test_stand_in.py; a process for each).
 
-    TRITON_INTERPRET=1 python -m tests.model.stand_in_seeds [NAME ...]
+TRITON_INTERPRET=1 python -m tests.model.stand_in_seeds [NAME ...]
 """
 
 import os

@@ -214,6 +214,7 @@ class Finisher:
             self._shifts.put(shifts), self._ids.put(np.concatenate(ids)),
             self._base.put(np.cumsum([0] + [len(column) for column in ids[:-1]])),
         )  # fmt: skip
+
     def take(self, coded: np.ndarray, day: int) -> Callable[[], None]:
         """See cpu.Finisher."""
         wait = self._upload(coded)
