@@ -29,14 +29,14 @@ from common.numbers import number, whole
 from gpu_etl.load.identity import sample
 from model import memory
 from model.checkpoint import files as checkpoint, runs
-from model.checkpoint.manager import Keeper
+from model.checkpoint.manager import CheckpointManager
 from model.checkpoint.state import State
 from model.cli import flags, options
 from model.cli.parser import Boolean
 from model.config import ConfigError, ModelConfig
-from model.distributed.heartbeat import Watch
+from model.distributed.heartbeat import FailureDetector
 from model.distributed.process_group import BACKENDS, choose_device, join
-from model.distributed.trainer import RankKeeper, RankLoader, RankTrainer, make_model
+from model.distributed.trainer import RankCheckpointManager, RankLoader, RankTrainer, make_model
 from model.dlrm import DLRM
 from model.layers.embedding import Storage
 from model.layers.optimizers import Optimizer
@@ -182,9 +182,9 @@ class RankSession(train.Session):
         """Take the weights of --ckpt."""
         checkpoint.load(self.args.ckpt, self.trainer.model, self.ranks)
 
-    def keep(self, *settings) -> Keeper:
+    def keep(self, *settings) -> CheckpointManager:
         """What writes checkpoints, all ranks together."""
-        return RankKeeper(self.ranks, *settings)
+        return RankCheckpointManager(self.ranks, *settings)
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -210,7 +210,7 @@ def prepare(args: argparse.Namespace) -> None:
     mark.touch()
 
 
-def run(args: argparse.Namespace, watch: Watch | None, store: dist.Store | None) -> None:
+def run(args: argparse.Namespace, watch: FailureDetector | None, store: dist.Store | None) -> None:
     """Do what the flags say, as one of many; rank 0 prints the result."""
     prepare(args)
     sessions = []
@@ -231,7 +231,7 @@ def run(args: argparse.Namespace, watch: Watch | None, store: dist.Store | None)
     part(session, watch)
 
 
-def part(session: RankSession, watch: Watch | None) -> None:
+def part(session: RankSession, watch: FailureDetector | None) -> None:
     """All ranks are done: nobody is missed from here on."""
     if watch:
         watch.end()
@@ -242,7 +242,7 @@ def part(session: RankSession, watch: Watch | None) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Parse the flags and run; returns the exit status."""
     args = train.parse(build_parser(), argv)
-    watch, store = Watch.of_environment()
+    watch, store = FailureDetector.of_environment()
     if watch:
         watch.hold_off_sigterm()
     quiet = open(os.devnull, "w") if int(os.environ.get("RANK", 0)) else None  # noqa: SIM115 - until the end

@@ -34,7 +34,7 @@ from gpu_etl.raw.part_files import is_day
 from gpu_etl.schema import DENSE, SPARSE
 from model import memory, outcome
 from model.checkpoint import files as checkpoint, runs
-from model.checkpoint.manager import Keeper
+from model.checkpoint.manager import CheckpointManager
 from model.checkpoint.runs import RunState
 from model.checkpoint.state import State
 from model.cli import flags, modes, options
@@ -182,9 +182,9 @@ class Session:
         """Take the weights of --ckpt."""
         checkpoint.load(self.args.ckpt, self.trainer.model)
 
-    def keep(self, *settings) -> Keeper:
+    def keep(self, *settings) -> CheckpointManager:
         """What writes checkpoints."""
-        return Keeper(*settings)
+        return CheckpointManager(*settings)
 
     def test(self, split: str) -> Metrics:
         """Exact metrics on a split."""

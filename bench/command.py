@@ -1,4 +1,4 @@
-"""Run this project's commands as a user would: a process each, its JSON taken from the last line of stdout (leaf)."""
+"""Run this project's commands as a user would: a process each, its JSON taken from the last line of stdout."""
 
 import json
 import subprocess

@@ -17,7 +17,7 @@ import numpy as np
 
 from gpu_etl.backend.cpu import slab as cpu
 from gpu_etl.common.append import append, open_cut
-from gpu_etl.common.buffers import Reused
+from gpu_etl.common.buffers import ScratchBuffer
 from gpu_etl.common.codecs import read_gzip
 from gpu_etl.common.threads import Crew
 from gpu_etl.passes.buckets import Buckets
@@ -78,7 +78,7 @@ def _write_buckets(buckets: Buckets, rows: tuple[np.ndarray, np.ndarray], thread
         buckets.add(*rows)
 
 
-def _read_buckets(buckets: Buckets, memory: Reused, threads: int) -> None:
+def _read_buckets(buckets: Buckets, memory: ScratchBuffer, threads: int) -> None:
     with Crew(threads) as buckets.crew:
         for bucket in range(BUCKETS):
             buckets.read(bucket, memory)
@@ -92,12 +92,12 @@ def _stages(folder: Path, text: np.ndarray) -> dict[str, tuple[Callable[[int], o
     dictionaries = {threads: cpu.Dictionaries(preset, threads) for threads in THREADS}
     cpu.integers(values, missing)
     dictionaries[1].code(values, missing, 0)
-    numbered, bucket_ends = cpu.group(values, 0, 0, BUCKETS, Reused())()
+    numbered, bucket_ends = cpu.group(values, 0, 0, BUCKETS, ScratchBuffer())()
     numbers = np.ascontiguousarray(numbered["row"])
     ids = tuple(np.arange(1 + values[:, 14 + c].max(), dtype=np.int32) for c in range(SPARSE))
     finisher, records = cpu.Finisher(ids, np.zeros(1, np.int64)), np.empty((len(ends), COLUMNS), np.int32)
     finisher.take_shuffled(numbered, 0)
-    memory, file = Reused(), open_cut(folder / "records", 0)
+    memory, file = ScratchBuffer(), open_cut(folder / "records", 0)
     written, read = _buckets(folder / "written"), _buckets(folder / "read")
     read.add(numbered, bucket_ends)
 
@@ -144,7 +144,7 @@ def _null_device(text: np.ndarray) -> ModuleType:
         rows = min(most, round(len(text) / row_bytes))
         return values[:rows], missing[:rows], faults[:rows]
 
-    def group(values: np.ndarray, first: int, seed: int, buckets: int, memory: Reused):
+    def group(values: np.ndarray, first: int, seed: int, buckets: int, memory: ScratchBuffer):
         rows = len(values)
         return lambda: (numbered[:rows], np.arange(1, buckets + 1) * rows // buckets)
 

@@ -1,4 +1,4 @@
-"""What a measurement ran on (leaf)."""
+"""What a measurement ran on."""
 
 import datetime
 import os

@@ -14,7 +14,7 @@ import numpy as np
 from bench import frames
 from bench.kernels import ROW_BYTES
 from gpu_etl.backend import select as backend
-from gpu_etl.common.buffers import Reused
+from gpu_etl.common.buffers import ScratchBuffer
 from gpu_etl.raw.synthetic import write_days
 from gpu_etl.schema import COLUMNS, FIRST_SPARSE, choose_preset
 
@@ -85,7 +85,7 @@ def _functions(kernels: ModuleType, text: np.ndarray) -> dict[str, tuple[Callabl
         return (values,)
 
     (values,) = coded()
-    n, memory = len(values), Reused(kernels.host_bytes)
+    n, memory = len(values), ScratchBuffer(kernels.host_bytes)
     numbered = kernels.group(values, 0, 0, 1, memory)()[0].copy()
     most = numbered["coded"][:, FIRST_SPARSE:].max(0)
     ids = tuple(np.arange(1 + column, dtype=np.int32) for column in most)

@@ -1,4 +1,4 @@
-"""Seconds of work; on a GPU by events in its stream, so that nothing waits between pieces of work (leaf)."""
+"""Seconds of work; on a GPU by events in its stream, so that nothing waits between pieces of work."""
 
 import time
 from collections.abc import Callable

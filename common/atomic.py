@@ -1,4 +1,4 @@
-"""Put finished files and folders in the place of older ones: at any time a name is that of a whole version (leaf)."""
+"""Put finished files and folders in the place of older ones: at any time a name is that of a whole version."""
 
 import contextlib
 import ctypes

@@ -1,4 +1,4 @@
-"""What JSON can say of a value (leaf)."""
+"""What JSON can say of a value."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Types of flags for argparse: numbers within a range, and an error that names it (leaf)."""
+"""Types of flags for argparse: numbers within a range, and an error that names it."""
 
 import argparse
 import math

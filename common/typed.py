@@ -1,4 +1,4 @@
-"""The one reader of what comes from outside as JSON or YAML: into a frozen dataclass, or not at all (leaf).
+"""The one reader of what comes from outside as JSON or YAML: into a frozen dataclass, or not at all.
 
 A class to be read is a frozen dataclass that says `__pydantic_config__ = STRICT`. Nothing is converted: "13", 13.0 and
 true are no integers; a list becomes a tuple where a tuple is wanted; keys that are not fields are errors.

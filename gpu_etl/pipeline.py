@@ -26,7 +26,7 @@ from gpu_etl.raw.reader import open_sources
 from gpu_etl.raw.source import Source
 from gpu_etl.raw.stamps import Stamp, check_unchanged
 from gpu_etl.rows import splits, vocabulary
-from gpu_etl.rows.statistics import Tally
+from gpu_etl.rows.statistics import DayStatistics
 from gpu_etl.schema import FIRST_DENSE
 
 IDS = "ids.npz"
@@ -80,7 +80,7 @@ def _count(
     return counted["table_sizes"]
 
 
-def _ranges(tallies: list[Tally], settings: Settings) -> dict[str, tuple[int, int]]:
+def _ranges(tallies: list[DayStatistics], settings: Settings) -> dict[str, tuple[int, int]]:
     """Rows of each split."""
     day_rows = [tally.kept for tally in tallies]
     if settings.fractions:
@@ -205,7 +205,9 @@ def _publish(
     publish(work, out, result, written)
 
 
-def _describe(sources, tallies: list[Tally], ranges, table_sizes, files, settings: Settings) -> manifest.Manifest:
+def _describe(
+    sources, tallies: list[DayStatistics], ranges, table_sizes, files, settings: Settings
+) -> manifest.Manifest:
     return manifest.Manifest(
         rows={split: end - begin for split, (begin, end) in ranges.items()},
         table_sizes=table_sizes,

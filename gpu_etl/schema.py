@@ -1,4 +1,4 @@
-"""Columns, the 160-byte record and the presets' rules (leaf)."""
+"""Columns, the 160-byte record and the presets' rules."""
 
 from dataclasses import dataclass, replace
 

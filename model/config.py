@@ -1,4 +1,4 @@
-"""Model configurations: the JSON files of MLPerf v0.7 and DeepSparkHub (leaf)."""
+"""Model configurations: the JSON files of MLPerf v0.7 and DeepSparkHub."""
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path

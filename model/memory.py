@@ -1,4 +1,4 @@
-"""Words for a device, or a machine, that has no memory left (leaf)."""
+"""Words for a device, or a machine, that has no memory left."""
 
 import re
 from contextlib import contextmanager

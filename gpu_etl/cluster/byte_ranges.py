@@ -10,7 +10,7 @@ from gpu_etl.passes.settings import Settings
 from gpu_etl.raw.reader import kind_of
 from gpu_etl.raw.source import Source
 from gpu_etl.raw.text import NEWLINE
-from gpu_etl.rows.statistics import Tally
+from gpu_etl.rows.statistics import DayStatistics
 
 MIN_BYTES = 64 << 20  # a smaller range is not worth a task
 PARTS_A_WORKER = 2
@@ -36,7 +36,7 @@ class Range(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Part:
+class CountTask:
     """Some bytes of a day, whole rows of which the first has the number first_row in its day, and the first of its file
     file_row.
 
@@ -109,19 +109,19 @@ def count_rows(path: Path, begin: int, end: int) -> int:
     return found + (last != NEWLINE)
 
 
-def save(parts: list[Part], work: Path) -> None:
+def save(parts: list[CountTask], work: Path) -> None:
     """Keep the parts, so that a later run goes on with the same ones whatever the number of its workers."""
     write_json(work / FILE_NAME, [asdict(part) for part in parts])
 
 
-def load(work: Path) -> list[Part]:
+def load(work: Path) -> list[CountTask]:
     """The parts of an earlier run; none if it came to none. Raises WorkDamagedError where their file is damaged."""
-    return [Part(**fields) for fields in read_json(work / FILE_NAME) or []]
+    return [CountTask(**fields) for fields in read_json(work / FILE_NAME) or []]
 
 
-def by_day(parts: list[Part], tallies: list[Tally], days: int) -> list[Tally]:
+def by_day(parts: list[CountTask], tallies: list[DayStatistics], days: int) -> list[DayStatistics]:
     """Tallies of whole days from those of their parts."""
-    found = [Tally(crc32="00000000") for _ in range(days)]
+    found = [DayStatistics(crc32="00000000") for _ in range(days)]
     for part, tally in zip(parts, tallies, strict=True):
         day = found[part.day]
         day.add(tally.read, tally.kept, 0, tally.clicks, tally.missing, tally.smallest, tally.dropped)

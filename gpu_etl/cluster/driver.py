@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from gpu_etl.cluster import byte_ranges as parts, shared_files, watch as cluster_watch
-from gpu_etl.cluster.byte_ranges import Part
+from gpu_etl.cluster.byte_ranges import CountTask
 from gpu_etl.cluster.check import Check
 from gpu_etl.cluster.start import connect
 from gpu_etl.cluster.tasks import (
@@ -30,16 +30,16 @@ from gpu_etl.cluster.tasks import (
     merge_counts,
     number_part,
 )
-from gpu_etl.cluster.watch import Call, Watch, ask
+from gpu_etl.cluster.watch import Call, WorkerMonitor, ask
 from gpu_etl.common.errors import BadRowError
-from gpu_etl.common.threads import OneBehind
+from gpu_etl.common.threads import BackgroundWorker
 from gpu_etl.dataset import formats, manifest
 from gpu_etl.passes import integrity
 from gpu_etl.passes.encode import day_shifts, pieces
 from gpu_etl.passes.settings import Settings
 from gpu_etl.raw.source import Source
 from gpu_etl.rows import vocabulary
-from gpu_etl.rows.statistics import Tally
+from gpu_etl.rows.statistics import DayStatistics
 
 TASK_ROWS = 1 << 17
 CLOSE_SECONDS = 10.0
@@ -62,7 +62,7 @@ class Cluster:
         self._client, self._local = connect(self._settings)
         try:
             known = Check(self._client, self._sources, self._settings, self._work).run()
-            self._watch = Watch(self._client, self._settings.worker_timeout, self._work, known)
+            self._watch = WorkerMonitor(self._client, self._settings.worker_timeout, self._work, known)
         except BaseException:
             self._close()
             raise
@@ -83,7 +83,7 @@ class Cluster:
         calls = [(checked, (CODE_DIGEST, self._work, *call)) for call in calls]
         return cluster_watch.run(self._client, self._watch, name, calls, done)
 
-    def _cut(self) -> list[Part]:
+    def _cut(self) -> list[CountTask]:
         """The parts, with the numbers of their first rows, which take a look at all bytes before a part's."""
         scheduler = self._client.scheduler
         workers = self._settings.workers or ask(self._client, lambda: scheduler.identity(n_workers=-1))["n_workers"]
@@ -94,14 +94,14 @@ class Cluster:
         paths = {i: self._sources[ranges[i].day].files[ranges[i].file].path for i in ahead}
         calls = [(parts.count_rows, (paths[i], ranges[i].begin, ranges[i].end)) for i in ahead]
         rows = dict(zip(ahead, self._run("find rows", calls), strict=True)) if calls else {}
-        found: list[Part] = []
+        found: list[CountTask] = []
         for number, this in enumerate(ranges):
             first = found[-1].first_row + rows[number - 1] if number - 1 in rows else 0
-            found.append(Part(number, *this, first, found[-1].file_row if this.begin else first))
+            found.append(CountTask(number, *this, first, found[-1].file_row if this.begin else first))
         parts.save(found, self._work)
         return found
 
-    def count(self) -> list[Tally]:
+    def count(self) -> list[DayStatistics]:
         """The count pass; returns a tally a day."""
         self._parts = parts.load(self._work) or self._cut()
         common = self._settings, self._work, self._buckets
@@ -144,7 +144,7 @@ class Cluster:
             for split, (begin, end) in ranges.items():
                 shared_files.allocate(form, work, split, sizes, end - begin)
                 sums[split] = opened.enter_context(shared_files.Sums(form, work, split, sizes))
-            with OneBehind() as summing:
+            with BackgroundWorker() as summing:
                 front = _Front(calls, lambda split, row: summing.submit(sums[split].take, row))
                 found = self._run("encode", [call for some in calls.values() for call, _ in some], front.done)
                 integrity.expect(integrity.add(*found), self._rows_sum, work, "the coded rows of all splits")

@@ -15,9 +15,9 @@ import numpy as np
 
 from gpu_etl.backend import select as backend
 from gpu_etl.cluster import shared_files
-from gpu_etl.cluster.byte_ranges import Part
+from gpu_etl.cluster.byte_ranges import CountTask
 from gpu_etl.cluster.probe import code_digest, code_root
-from gpu_etl.common.buffers import Reused
+from gpu_etl.common.buffers import ScratchBuffer
 from gpu_etl.common.errors import DataError, KeepWorkError, WorkDamagedError
 from gpu_etl.dataset.manifest import describe_file
 from gpu_etl.passes.buckets import Buckets
@@ -32,14 +32,14 @@ from gpu_etl.raw.stamps import located
 from gpu_etl.rows import vocabulary
 from gpu_etl.rows.numbered import first_number, words_of
 from gpu_etl.rows.random_keys import keys_of
-from gpu_etl.rows.statistics import Tally
+from gpu_etl.rows.statistics import DayStatistics
 from gpu_etl.rows.vocabulary import ColumnCounts, Counts
 from gpu_etl.schema import COLUMNS, RECORD_DTYPE, SPARSE, Preset
 
 COUNTS, IDS = "counts.npz", "ids.npz"
 LOCK_SECONDS = 0.2
 CODE_DIGEST = code_digest(code_root())  # as it is imported: a worker may live longer than the files
-Counted = tuple[Tally, list[int], int]
+Counted = tuple[DayStatistics, list[int], int]
 """Of a part: its tally, how many rows each bucket got, the sum of its coded rows' digests."""
 
 
@@ -127,7 +127,7 @@ def check_device(name: str) -> None:
 
 
 @_one_at_a_time
-def count_part(days: list[Source], part: Part, settings: Settings, work: Path, buckets: int) -> Counted:
+def count_part(days: list[Source], part: CountTask, settings: Settings, work: Path, buckets: int) -> Counted:
     """Task: the count pass over one part, in its folder; anew, which is said, where an earlier run of it left damaged
     work there."""
     folder = part.folder(work)
@@ -154,7 +154,7 @@ def count_part(days: list[Source], part: Part, settings: Settings, work: Path, b
 
 
 def _count(
-    sources: list[Source], part: Part, settings: Settings, journal: Journal, folder: Path, buckets: int
+    sources: list[Source], part: CountTask, settings: Settings, journal: Journal, folder: Path, buckets: int
 ) -> Counted:
     kernels = _kernels(settings.device)
     threads = kernels.set_threads(settings.threads)
@@ -207,7 +207,7 @@ class _Memory(threading.local):
     work on them."""
 
     def __init__(self):
-        self.read, self.finished, self.sorted = Reused(), Reused(), Reused()
+        self.read, self.finished, self.sorted = ScratchBuffer(), ScratchBuffer(), ScratchBuffer()
 
 
 _memory = _Memory()
@@ -239,7 +239,7 @@ def encode_bucket(
 
 @_one_at_a_time
 def encode_rows(
-    split: str, row: int, begin: int, end: int, part: Part, shift: int, table_sizes: list[int], settings: Settings,
+    split: str, row: int, begin: int, end: int, part: CountTask, shift: int, table_sizes: list[int], settings: Settings,
     work: Path,
 ) -> int:  # fmt: skip
     """Task: write rows begin to end of a part into a split from row `row` on, in their order. Returns the sum of the

@@ -49,7 +49,7 @@ class _Called:
         return self._call
 
 
-class Watch:
+class WorkerMonitor:
     """What is heard of the workers, asked of the scheduler every now and then.
 
     seconds: how long no task may end and no worker that has one be heard of, before the run ends with an error. work:
@@ -147,7 +147,7 @@ def _is_paused(worker: dict) -> bool:
 class _Run:
     """Calls as tasks: what comes of them, as it comes."""
 
-    def __init__(self, client: Client, watch: Watch):
+    def __init__(self, client: Client, watch: WorkerMonitor):
         self._client, self._watch = client, watch
         self._ended: SimpleQueue[Future] = SimpleQueue()
         self._left: dict[str, tuple[int, Future]] = {}  # by key: place and future
@@ -216,7 +216,7 @@ class _Run:
 
 
 def run(
-    client: Client, watch: Watch, name: str, calls: list[Call], done: Callable[[int], None] = lambda place: None
+    client: Client, watch: WorkerMonitor, name: str, calls: list[Call], done: Callable[[int], None] = lambda place: None
 ) -> list:
     """Results of calls as tasks, in order; done(place) is told of each. The first error ends it all.
 

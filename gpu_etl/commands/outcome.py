@@ -1,4 +1,4 @@
-"""How a command ends: signals, exit status and words (leaf)."""
+"""How a command ends: signals, exit status and words."""
 
 import json
 import os

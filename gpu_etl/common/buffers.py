@@ -1,4 +1,4 @@
-"""Memory that is used again (leaf): fresh pages cost more than much of what is computed on them."""
+"""Memory that is used again: fresh pages cost more than much of what is computed on them."""
 
 import math
 from collections import deque
@@ -12,7 +12,7 @@ def host_bytes(size: int) -> np.ndarray:
     return np.empty(size, np.uint8)
 
 
-class Reused:
+class ScratchBuffer:
     """Memory of one array, whose next array takes its place; grows as needed, by allocate(bytes)."""
 
     def __init__(self, allocate: Callable[[int], np.ndarray] = host_bytes):

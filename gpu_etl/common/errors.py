@@ -1,4 +1,4 @@
-"""The exceptions that a user's data, settings or disk can cause (leaf)."""
+"""The exceptions that a user's data, settings or disk can cause."""
 
 
 def notes(error: BaseException | None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Make items ahead in threads, do several things at once, and put items away behind (leaf)."""
+"""Make items ahead in threads, do several things at once, and put items away behind."""
 
 import queue
 import threading
@@ -174,7 +174,7 @@ class Crew:
 ALONE = Crew(1)
 
 
-class OneBehind:
+class BackgroundWorker:
     """Runs jobs in a thread, in order, at most one behind its user; for use in `with`, which ends with the last job.
 
     An error of a job is raised by the next submit(), or at the end; where the body of the `with` ends with an error of
@@ -194,7 +194,7 @@ class OneBehind:
         if self._running is not None:
             self._running.result()
 
-    def __enter__(self) -> "OneBehind":
+    def __enter__(self) -> "BackgroundWorker":
         return self
 
     def __exit__(self, kind, error, _) -> None:

@@ -29,7 +29,7 @@ _DENSE = slice(FIRST_DENSE, FIRST_SPARSE)
 
 
 @dataclass(frozen=True)
-class Part:
+class SplitFile:
     """One file of a split: `columns` of the record as `dtype` [n, width], row-major, no header; `logged`: log(x + 1).
 
     path: relative to the data set's folder, with {} in place of the split's name until parts() fills it in.
@@ -70,13 +70,13 @@ class Form:
     are stored as log(x + 1); extra_files: 26 table sizes -> {relative path: text} that lies beside the splits.
     """
 
-    layout: Callable[[Sequence[int]], list[Part]]
+    layout: Callable[[Sequence[int]], list[SplitFile]]
     val: str = "val"
     logged: bool = False
     extra_files: Callable[[Sequence[int]], dict[str, str]] = lambda table_sizes: {}
 
 
-def parts(form: str, split: str, table_sizes: Sequence[int]) -> list[Part]:
+def parts(form: str, split: str, table_sizes: Sequence[int]) -> list[SplitFile]:
     """The files of "train", "test" or "val" in one of FORMS. Raises DataError where there are not 26 table sizes."""
     if len(table_sizes) != SPARSE:
         raise DataError(f"expected {SPARSE} table sizes, one per category column, got {len(table_sizes)}")
@@ -164,31 +164,31 @@ def id_dtype(cardinality: int) -> np.dtype:
     return next((dtype for dtype in ID_DTYPES if cardinality - 1 <= np.iinfo(dtype).max), ID_DTYPES[-1])
 
 
-def _ids(dtypes: Sequence[np.dtype]) -> list[Part]:
+def _ids(dtypes: Sequence[np.dtype]) -> list[SplitFile]:
     return [
-        Part(f"{{}}/cat_{c}.bin", slice(FIRST_SPARSE + c, FIRST_SPARSE + c + 1), dtype)
+        SplitFile(f"{{}}/cat_{c}.bin", slice(FIRST_SPARSE + c, FIRST_SPARSE + c + 1), dtype)
         for c, dtype in enumerate(dtypes)
     ]  # fmt: skip
 
 
-def _records(table_sizes: Sequence[int]) -> list[Part]:
-    return [Part(split_file("{}"), slice(0, COLUMNS), RECORD_DTYPE)]
+def _records(table_sizes: Sequence[int]) -> list[SplitFile]:
+    return [SplitFile(split_file("{}"), slice(0, COLUMNS), RECORD_DTYPE)]
 
 
-def _dist(table_sizes: Sequence[int]) -> list[Part]:
+def _dist(table_sizes: Sequence[int]) -> list[SplitFile]:
     single = np.dtype("<f4")
     return [
-        Part("{}/label.bin", _LABEL, single),
-        Part("{}/numerical.bin", _DENSE, single),
+        SplitFile("{}/label.bin", _LABEL, single),
+        SplitFile("{}/numerical.bin", _DENSE, single),
         *_ids([RECORD_DTYPE] * SPARSE),
     ]
 
 
-def _dle(table_sizes: Sequence[int]) -> list[Part]:
+def _dle(table_sizes: Sequence[int]) -> list[SplitFile]:
     return [
         # The bytes are NumPy's bool; as a number, so that a reader can tell that a byte is neither 0 nor 1.
-        Part("{}/label.bin", _LABEL, np.dtype("u1")),
-        Part("{}/numerical.bin", _DENSE, np.dtype("<f2"), logged=True),
+        SplitFile("{}/label.bin", _LABEL, np.dtype("u1")),
+        SplitFile("{}/numerical.bin", _DENSE, np.dtype("<f2"), logged=True),
         *_ids([id_dtype(int(size)) for size in table_sizes]),
     ]
 

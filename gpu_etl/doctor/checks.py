@@ -1,4 +1,4 @@
-"""The checks, by name: each is a command, run in a process of its own (leaf)."""
+"""The checks, by name: each is a command, run in a process of its own."""
 
 from dataclasses import dataclass
 

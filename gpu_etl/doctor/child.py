@@ -1,4 +1,4 @@
-"""How a check tells what it found (leaf): exit status 0, or SKIPPED with the reason, or 1 with the error, on the last
+"""How a check tells what it found: exit status 0, or SKIPPED with the reason, or 1 with the error, on the last
 line of stderr."""
 
 import sys

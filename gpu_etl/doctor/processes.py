@@ -1,4 +1,4 @@
-"""Runs a command in a process of its own with a time limit (leaf)."""
+"""Runs a command in a process of its own with a time limit."""
 
 import os
 import signal

@@ -17,7 +17,7 @@ import numpy as np
 from gpu_etl.backend import select as backend
 from gpu_etl.backend.cpu import slab as cpu
 from gpu_etl.common import crc
-from gpu_etl.common.buffers import Reused
+from gpu_etl.common.buffers import ScratchBuffer
 from gpu_etl.doctor import slow
 from gpu_etl.doctor.child import outcome
 from gpu_etl.doctor.samples import texts
@@ -39,7 +39,7 @@ class Sides:
     def parsed(self, text: bytes):
         """(values, missing, faults) by both."""
         array = np.frombuffer(text, np.uint8)
-        return [kernels.parse(array, kernels.find_rows(array), Reused()) for kernels in (self.truth, self.tried)]
+        return [kernels.parse(array, kernels.find_rows(array), ScratchBuffer()) for kernels in (self.truth, self.tried)]
 
     def both(self):
         """The two modules."""
@@ -57,7 +57,7 @@ def on_host(array, count: int) -> np.ndarray:
 
 def columns(kernels: ModuleType, values) -> np.ndarray:
     """A slab's values on the host, int32 [n, 40]."""
-    return kernels.rows_of(values, Reused(kernels.host_bytes))()
+    return kernels.rows_of(values, ScratchBuffer(kernels.host_bytes))()
 
 
 def same(tried, truth, what: str) -> None:
@@ -101,8 +101,8 @@ def group(sides: Sides) -> None:
     (values, _, _), (there, _, _) = sides.parsed(texts(sides.rows)["ragged"])
     for seed in (*SEEDS, 2**63 + 5):
         for first, buckets in ((0, 1), (first_number(3) + 5, 7), (first_number(200), 512)):
-            grouped, ends = sides.truth.group(values, first, seed, buckets, Reused())()
-            tried, ends_there = sides.tried.group(there, first, seed, buckets, Reused(sides.tried.host_bytes))()
+            grouped, ends = sides.truth.group(values, first, seed, buckets, ScratchBuffer())()
+            tried, ends_there = sides.tried.group(there, first, seed, buckets, ScratchBuffer(sides.tried.host_bytes))()
             same(ends_there, ends, f"ends of {buckets} buckets, seed {seed}")
             for begin, end in pairwise([0, *ends.tolist()]):  # in a bucket, any order will do
                 pieces = (np.sort(part[begin:end], order="row") for part in (tried, grouped))
@@ -204,7 +204,7 @@ CHECKS: dict[str, Callable[[Sides], None]] = {
 def usable(kernels: ModuleType) -> None:
     """Use the device at all: a tiny slab, a tiny shuffle."""
     text = np.frombuffer(texts(20)["ragged"], np.uint8)
-    values, _, faults = kernels.parse(text, kernels.find_rows(text), Reused())
+    values, _, faults = kernels.parse(text, kernels.find_rows(text), ScratchBuffer())
     assert len(faults) == 20 and not faults.any() and len(kernels.labels(values)) == 20
     finisher = kernels.Finisher((np.arange(9, dtype=np.int32),) * 26, np.zeros(1, np.int64))
     finisher.take_shuffled(np.zeros(20, NUMBERED), 0)

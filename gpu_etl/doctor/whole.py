@@ -14,7 +14,7 @@ import numpy as np
 
 from gpu_etl.backend import select as backend
 from gpu_etl.backend.cpu import slab as cpu
-from gpu_etl.common.buffers import Reused
+from gpu_etl.common.buffers import ScratchBuffer
 from gpu_etl.common.packages import install_command, is_there
 from gpu_etl.doctor import specification
 from gpu_etl.doctor.child import SkipError, outcome
@@ -93,7 +93,7 @@ def _whole_day(path: Path, kernels) -> tuple[np.ndarray, np.ndarray, int]:
     values, missing = [], []
     for slab in read_day(source, 0, SLAB_BYTES["cpu"], readers=kernels.readers()):
         slab.prepare(kernels)
-        found, empty, faults = slab.parse(kernels, Reused(kernels.host_bytes))
+        found, empty, faults = slab.parse(kernels, ScratchBuffer(kernels.host_bytes))
         assert not faults.any(), f"{path.name}: {np.count_nonzero(faults)} good rows found bad"
         values.append(columns(kernels, found).copy())
         missing.append(on_host(empty, len(faults)).copy())

@@ -1,4 +1,4 @@
-"""The batch, and the order in which a training split's batches come (leaf)."""
+"""The batch, and the order in which a training split's batches come."""
 
 from typing import NamedTuple
 

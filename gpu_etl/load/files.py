@@ -1,4 +1,4 @@
-"""Read parts of a file: into memory of the caller's, whole or with an error (leaf).
+"""Read parts of a file: into memory of the caller's, whole or with an error.
 
 No memory maps: where a mapped file is cut off or its disk fails, the system kills the process without a word.
 """

@@ -1,4 +1,4 @@
-"""Which rows come when: the order of batches and rows in an epoch, and a rank's share of every batch (leaf).
+"""Which rows come when: the order of batches and rows in an epoch, and a rank's share of every batch.
 
 Everything follows from the split's size, the settings, the epoch and the batch's number, so that a position to resume
 at is just (epoch, number), and every loader, device and number of ranks sees the same global batches.

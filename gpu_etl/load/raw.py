@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from gpu_etl.backend.cpu import slab as cpu
-from gpu_etl.common.buffers import Reused
+from gpu_etl.common.buffers import ScratchBuffer
 from gpu_etl.common.errors import DataError
 from gpu_etl.dataset.manifest import VOCABULARY, Manifest
 from gpu_etl.load.batch import Batch, make_batch
@@ -80,7 +80,7 @@ class RawDay:
 
         tell: whether bad rows are told of and counted, as where the file is read for the last time.
         """
-        memory, done, dropped = Reused(), 0, Counter()
+        memory, done, dropped = ScratchBuffer(), 0, Counter()
         for slab in self._slabs():
             if not self.labelled and isinstance(slab, TextSlab):
                 slab = _UnlabelledSlab.of(slab)

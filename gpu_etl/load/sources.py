@@ -7,7 +7,7 @@ import numpy as np
 
 from gpu_etl.common.errors import DataError
 from gpu_etl.dataset import formats, manifest
-from gpu_etl.dataset.formats import ANY_SIZES, FORMS, ID_DTYPES, Part
+from gpu_etl.dataset.formats import ANY_SIZES, FORMS, ID_DTYPES, SplitFile
 from gpu_etl.load.files import DataFile
 from gpu_etl.load.unpack import ANY_ID
 from gpu_etl.schema import COLUMN_NAMES, COLUMNS, DENSE, FIRST_DENSE, FIRST_SPARSE, RECORD_BYTES, RECORD_DTYPE
@@ -161,16 +161,16 @@ class SplitFolder(Source):
         self._files = [DataFile(path) for path in self.paths]
         self.check_logs(self.paths[1])
 
-    def _path(self, part: Part) -> Path:
+    def _path(self, part: SplitFile) -> Path:
         return self.path / Path(part.path).name
 
-    def _size(self, part: Part) -> int:
+    def _size(self, part: SplitFile) -> int:
         path = self._path(part)
         if not path.is_file() or not path.stat().st_size:
             raise DataError(f"{path}: no such file, or an empty one; the split form needs it")
         return path.stat().st_size
 
-    def _dtype(self, part: Part, dtypes: Sequence[np.dtype]) -> np.dtype:
+    def _dtype(self, part: SplitFile, dtypes: Sequence[np.dtype]) -> np.dtype:
         size, width = self._size(part), part.columns.stop - part.columns.start
         for dtype in dtypes:
             if size == self.rows * width * dtype.itemsize:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from gpu_etl.common.append import Appended
-from gpu_etl.common.buffers import Reused
+from gpu_etl.common.buffers import ScratchBuffer
 from gpu_etl.common.errors import WorkDamagedError
 from gpu_etl.common.threads import ALONE, nothing, prefetch
 from gpu_etl.rows.numbered import DAY_SHIFT, NUMBERED
@@ -74,7 +74,7 @@ class Buckets:
         """How many rows each bucket holds."""
         return [path.stat().st_size // NUMBERED.itemsize for path in self.paths]
 
-    def read(self, bucket: int, memory: Reused) -> np.ndarray:
+    def read(self, bucket: int, memory: ScratchBuffer) -> np.ndarray:
         """A bucket's rows, NUMBERED, as they came; they lie in `memory`."""
         crew, path = self.crew, self.paths[bucket]
         numbered = memory.empty((path.stat().st_size // NUMBERED.itemsize,), NUMBERED)
@@ -86,7 +86,7 @@ class Buckets:
         return numbered
 
     def whole(
-        self, start: int, memory: list[Reused], initializer: Callable[[], None] = nothing
+        self, start: int, memory: list[ScratchBuffer], initializer: Callable[[], None] = nothing
     ) -> Iterator[np.ndarray]:
         """Bucket by bucket from `start` on, its rows (NUMBERED). memory: three, of one in use, one ready, one being
         read: bucket b lies in memory[b % 3]; initializer: what the thread that reads begins with."""

@@ -11,8 +11,8 @@ from types import ModuleType
 import numpy as np
 from tqdm import tqdm
 
-from gpu_etl.common.buffers import Pool, Reused
-from gpu_etl.common.threads import OneBehind, side_by_side
+from gpu_etl.common.buffers import Pool, ScratchBuffer
+from gpu_etl.common.threads import BackgroundWorker, side_by_side
 from gpu_etl.passes import integrity
 from gpu_etl.passes.bad_rows import BadRows
 from gpu_etl.passes.buckets import Buckets
@@ -23,7 +23,7 @@ from gpu_etl.raw.source import Slab, Source
 from gpu_etl.rows import vocabulary
 from gpu_etl.rows.numbered import first_number
 from gpu_etl.rows.sampling import dropped_rows
-from gpu_etl.rows.statistics import Tally
+from gpu_etl.rows.statistics import DayStatistics
 from gpu_etl.schema import Preset
 
 RECOUNT_ROWS = 1 << 15
@@ -78,7 +78,7 @@ class CountPass:
         self._sources = [source.fresh() for source in sources]
         self._journal, self._bad_rows = journal, BadRows(bad_rows, max_bad_rows)
         self._workers, self.to_buckets, self._only, self._first_row = workers, to_buckets, only, first_row
-        self.tallies = [Tally() for _ in sources]
+        self.tallies = [DayStatistics() for _ in sources]
         self.dictionary_bytes = 0
         self._keys = keys_crc = 0
         self.sums = [0] * len(sources)
@@ -103,7 +103,7 @@ class CountPass:
         """Read, parse, code, count and store what is left; returns the counts of everything, by dictionary code."""
         dictionaries, rows_before = self._dictionaries(buckets), self.rows
         host_bytes = self._kernels.host_bytes
-        parsed, stored = Reused(), cycle((Reused(host_bytes), Reused(host_bytes)))
+        parsed, stored = ScratchBuffer(), cycle((ScratchBuffer(host_bytes), ScratchBuffer(host_bytes)))
         left = [
             (source, day, tally.part, tally.end)
             for day, (source, tally) in enumerate(zip(self._sources, self.tallies, strict=True))
@@ -114,7 +114,7 @@ class CountPass:
         size = sum(source.size for source in self._sources)
         with (
             tqdm(total=size, unit="B", unit_scale=True, desc="count ", file=sys.stderr) as bar,
-            OneBehind(self._kernels.enter_thread) as storing,
+            BackgroundWorker(self._kernels.enter_thread) as storing,
         ):
             items = side_by_side(waiting, reading.at_once, reading.at_once, self._kernels.enter_thread)
             for item in items:
@@ -133,7 +133,13 @@ class CountPass:
         return dictionaries.counts()
 
     def _jobs(
-        self, slab: Slab | None, dictionaries, buckets: Buckets, parsed: Reused, stored: Iterator[Reused], bar: tqdm
+        self,
+        slab: Slab | None,
+        dictionaries,
+        buckets: Buckets,
+        parsed: ScratchBuffer,
+        stored: Iterator[ScratchBuffer],
+        bar: tqdm,
     ) -> Iterator[Callable[[], None]]:
         """What stores a slab: one job, but for a slab of more rows than good ones can be."""
         while slab is not None:
@@ -179,7 +185,7 @@ class CountPass:
                 integrity.expect(found, self.sums[day], self.spill.folder / f"rows_{day}", "the coded rows")
 
     def _take(
-        self, slab: Slab, dictionaries, buckets: Buckets, parsed: Reused, stored: Reused, bar: tqdm
+        self, slab: Slab, dictionaries, buckets: Buckets, parsed: ScratchBuffer, stored: ScratchBuffer, bar: tqdm
     ) -> Callable[[], None]:
         """Parse, count and code a slab; returns what stores it and says so in the journal."""
         kernels = self._kernels
@@ -224,7 +230,7 @@ class CountPass:
         first: int,
         keys: Callable[[], list[np.ndarray]],
         buckets: Buckets,
-        memory: Reused,
+        memory: ScratchBuffer,
     ) -> Callable[[], dict[str, int]]:
         """What writes the coded rows and the new keys, and returns what the journal says of them: how many keys there
         were, the checksum of all keys so far, the sum of the rows' digests."""

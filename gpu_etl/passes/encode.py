@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from gpu_etl.common.buffers import Reused
+from gpu_etl.common.buffers import ScratchBuffer
 from gpu_etl.common.errors import WorkDamagedError
-from gpu_etl.common.threads import OneBehind, prefetch
+from gpu_etl.common.threads import BackgroundWorker, prefetch
 from gpu_etl.dataset import formats
 from gpu_etl.passes import integrity
 from gpu_etl.passes.buckets import Buckets
@@ -63,7 +63,7 @@ class EncodePass:
         self._spill, self._buckets = spill, buckets
         self._day_rows = day_rows
         self._table_sizes, self._form, self._journal, self._work = table_sizes, form, journal, work
-        self._memory = Reused(kernels.host_bytes), Reused(kernels.host_bytes)
+        self._memory = ScratchBuffer(kernels.host_bytes), ScratchBuffer(kernels.host_bytes)
         self._turn = 0
 
     def run(self, split: str, begin: int, end: int, shuffled: bool) -> None:
@@ -117,7 +117,7 @@ class EncodePass:
             self._journal.record(written=dict(state))
 
         with opened as writer:
-            with OneBehind(self._kernels.enter_thread) as writing:
+            with BackgroundWorker(self._kernels.enter_thread) as writing:
                 for piece, coded in prefetch(blocks, initializer=self._kernels.enter_thread):
                     self._finisher.take(coded, piece.day)
                     found = integrity.rows_sum(coded, first_number(piece.day) + piece.begin)
@@ -139,10 +139,10 @@ class EncodePass:
                 self._buckets.remove(bucket)
 
         kernels, step = self._kernels, self._kernels.ENCODE_ROWS
-        memory = [Reused(kernels.host_bytes) for _ in range(3)]
+        memory = [ScratchBuffer(kernels.host_bytes) for _ in range(3)]
         buckets = self._buckets.whole(len(gathered), memory, kernels.enter_thread)
         with self._writer(split, done, gathered[-1]["digest"] if gathered else None) as writer:
-            with OneBehind(kernels.enter_thread) as writing:
+            with BackgroundWorker(kernels.enter_thread) as writing:
                 for bucket, numbered in enumerate(buckets, len(gathered)):
                     found, where = integrity.numbered_sum(numbered), self._buckets.paths[bucket]
                     integrity.expect(found, int(self._buckets.sums[bucket]), where, "the coded rows")
@@ -167,7 +167,7 @@ def scatter(spill: Spill, buckets: Buckets, day_rows: list[int], begin: int, end
     Afterwards the journal has an event "bucket_sums". Raises WorkDamagedError where the buckets hold other rows than
     that run brought there.
     """
-    memory = Reused()
+    memory = ScratchBuffer()
     for _ in integrity.rows_of(buckets):
         pass
     before = integrity.add(*(event["sum"] for event in journal.all("scattered")))

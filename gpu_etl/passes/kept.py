@@ -9,8 +9,8 @@ import sys
 import numpy as np
 from tqdm import tqdm
 
-from gpu_etl.common.buffers import Reused
-from gpu_etl.common.threads import OneBehind
+from gpu_etl.common.buffers import ScratchBuffer
+from gpu_etl.common.threads import BackgroundWorker
 from gpu_etl.dataset import formats
 from gpu_etl.passes import integrity
 from gpu_etl.passes.buckets import Buckets
@@ -48,7 +48,7 @@ class Store:
     def move_to_files(self, counting: CountPass, keys: list[np.ndarray]) -> None:
         """Write all rows and the dictionaries' keys, and into the journal what there is of each day."""
         print("more rows than were expected: those on the device go into files", file=sys.stderr)
-        memory, seed = Reused(), self._buckets.seed
+        memory, seed = ScratchBuffer(), self._buckets.seed
         for first, numbered in self.kept.numbered():
             coded, day = np.ascontiguousarray(numbered["coded"]), first >> DAY_SHIFT
             if self._to_buckets[day]:
@@ -87,7 +87,7 @@ class KeptEncodePass(EncodePass):
             tqdm(total=end - begin, unit="rows", unit_scale=True, desc=f"encode {split:5}", file=sys.stderr) as bar,
             formats.SplitWriter(self._form, self._work, split, self._table_sizes, 0, self._buckets.crew) as writer,
         ):
-            with OneBehind(self._kernels.enter_thread) as writing:
+            with BackgroundWorker(self._kernels.enter_thread) as writing:
                 for finished in self._finished(ranges, shuffled, bar):
                     writing.submit(lambda finished=finished: writer.write(finished()))
             files = writer.described()

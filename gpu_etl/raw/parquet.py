@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from gpu_etl.common.buffers import Reused
+from gpu_etl.common.buffers import ScratchBuffer
 from gpu_etl.common.errors import DataError
 from gpu_etl.common.jit import compiled
 from gpu_etl.raw import columns, parquet_limits
@@ -127,7 +127,7 @@ class ParquetSlab:
     def release(self) -> None:
         """Nothing to give back: Arrow frees the batch."""
 
-    def parse(self, kernels: ModuleType, memory: Reused) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def parse(self, kernels: ModuleType, memory: ScratchBuffer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """values uint32 [n, 40], missing uint64 [n], faults int32 [n] as kernels.parse gives them.
 
         Computed here, where Arrow decodes: nothing of the text parser in `kernels` is used.

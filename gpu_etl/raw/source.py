@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from gpu_etl.common import codecs
-from gpu_etl.common.buffers import Reused
+from gpu_etl.common.buffers import ScratchBuffer
 from gpu_etl.raw.stamps import Stamp
 
 
@@ -50,7 +50,7 @@ class Slab(Protocol):
     def prepare(self, kernels: ModuleType) -> None:
         """Do what comes before parse() and can be done in a thread that reads ahead."""
 
-    def parse(self, kernels: ModuleType, memory: Reused) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def parse(self, kernels: ModuleType, memory: ScratchBuffer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """values uint32 [n, 40], missing uint64 [n], faults int32 [n], as kernels.parse gives them. Where there are
         more rows than good ones can be, those behind the first n are left to rest(), and `end` is where they begin."""
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gpu_etl.common import crc
-from gpu_etl.common.buffers import Pool, Reused
+from gpu_etl.common.buffers import Pool, ScratchBuffer
 from gpu_etl.common.codecs import crc32
 from gpu_etl.common.errors import DataError
 from gpu_etl.common.threads import in_order, nothing
@@ -50,7 +50,7 @@ class TextSlab:
         """Find the rows."""
         self._ends = kernels.find_rows(self.text)
 
-    def parse(self, kernels: ModuleType, memory: Reused) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def parse(self, kernels: ModuleType, memory: ScratchBuffer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """See source.Slab."""
         found = kernels.parse(self.text, self._ends, memory)
         self._left = self.text[kernels.rows_end(self.text, self._ends) :]

@@ -7,7 +7,7 @@ among those kept of that day below. So it does not depend on how far other days 
 import numba
 import numpy as np
 
-from gpu_etl.common.buffers import Reused
+from gpu_etl.common.buffers import ScratchBuffer
 from gpu_etl.common.jit import compiled, compiled_parallel
 from gpu_etl.rows.random_keys import bucket_of, row_keys
 from gpu_etl.schema import COLUMNS, RECORD_DTYPE
@@ -52,7 +52,9 @@ def _scatter(coded, first_row, places, words):
             words[place, NUMBER_WORDS + column] = coded[row, column]
 
 
-def group(coded: np.ndarray, first_row: int, seed: int, buckets: int, memory: Reused) -> tuple[np.ndarray, np.ndarray]:
+def group(
+    coded: np.ndarray, first_row: int, seed: int, buckets: int, memory: ScratchBuffer
+) -> tuple[np.ndarray, np.ndarray]:
     """Rows (32-bit integers [n, 40], numbered from first_row on) by bucket, for Buckets.add.
 
     Returns them as NUMBERED [n], in `memory`, and int64 [buckets]: where each bucket's rows end.

@@ -1,4 +1,4 @@
-"""What a day file holds, added up slab by slab (leaf of the passes)."""
+"""What a day file holds, added up slab by slab."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ class Summary(NamedTuple):
 
 
 @dataclass
-class Tally:
+class DayStatistics:
     """What is known of a day so far: rows read and kept, how many went and why; the place behind the last slab, which
     is `end` in its file `part`, and the rows read before that file; of the rows kept: those with label 1, those with
     each of the 40 columns missing, and the smallest integer (missing ones counting as 0); and, once the day was read to

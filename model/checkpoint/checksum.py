@@ -1,4 +1,4 @@
-"""CRC-32 of files (leaf): by isal where it is installed, else by zlib, the same sums, more slowly."""
+"""CRC-32 of files: by isal where it is installed, else by zlib, the same sums, more slowly."""
 
 import sys
 import zlib

@@ -18,7 +18,7 @@ from model.metrics import Metrics
 
 
 @dataclass(frozen=True)
-class KeepOptions:
+class CheckpointOptions:
     """folder: of the run; every_steps, every_minutes: between checkpoints, 0 for none; last: how many of them stay;
     best: keep the one with the best validation AUC as well, under that name; at_end: write one at the end; behind:
     write them while training goes on, from a copy in host memory."""
@@ -32,14 +32,14 @@ class KeepOptions:
     behind: bool = False
 
 
-class Keeper:
+class CheckpointManager:
     """Writes a trainer's checkpoints; latest: the last one complete. state: what they hold beside the trainer's own,
     the best AUC in it. source: the checkpoint that the run goes on from. claim: makes the folder to write into the
     run's own, before the first checkpoint, and returns it (runs.Claim); None: options.folder is. ranks: all that write
     them together. Deletes only checkpoints of its own run that are older than what it has just written."""
 
     def __init__(
-        self, options: KeepOptions, trainer, state: dict, source: Path | None = None,
+        self, options: CheckpointOptions, trainer, state: dict, source: Path | None = None,
         claim: Callable[[], Path] | None = None, ranks=None,
     ):  # fmt: skip
         self._options, self._trainer, self._state, self._ranks = options, trainer, state, ranks

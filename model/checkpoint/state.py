@@ -1,4 +1,4 @@
-"""state.json of a checkpoint: everything that is no tensor, with a checksum of its own (leaf)."""
+"""state.json of a checkpoint: everything that is no tensor, with a checksum of its own."""
 
 import hashlib
 import json

@@ -20,7 +20,7 @@ PIECE = re.compile(r"table_(\d+)(?:\[(\d+):(\d+),(\d+):(\d+)\])?(?:\.(\w+))?")
 
 
 @dataclass(frozen=True)
-class Part:
+class TableSlice:
     """A part of a table in memory: its place, its weight [rows, columns], and what the optimiser remembers of it,
     [rows] or [rows, columns]; views."""
 
@@ -31,19 +31,19 @@ class Part:
     state: dict[str, torch.Tensor]
 
 
-def parts_of(embedding) -> list[Part]:
+def parts_of(embedding) -> list[TableSlice]:
     """What this process holds of the tables."""
     if hasattr(embedding, "parts"):
         pieces = [piece for held in embedding.parts() for piece in held]
-        return [Part(p.table, slice(p.begin, p.end), slice(p.left, p.right), *more) for p, *more in pieces]
+        return [TableSlice(p.table, slice(p.begin, p.end), slice(p.left, p.right), *more) for p, *more in pieces]
     states = {name: tensor.split(embedding.sizes) for name, tensor in embedding.state().items()}
     return [
-        Part(t, slice(0, len(table)), slice(0, table.shape[1]), table, {name: s[t] for name, s in states.items()})
+        TableSlice(t, slice(0, len(table)), slice(0, table.shape[1]), table, {name: s[t] for name, s in states.items()})
         for t, table in enumerate(embedding.tables())
     ]
 
 
-def name_of(part: Part, config: ModelConfig) -> str:
+def name_of(part: TableSlice, config: ModelConfig) -> str:
     """What the part's tensor is called in a file."""
     rows, columns = part.rows, part.columns
     if (rows, columns) == (slice(0, config.categorical_feature_sizes[part.table]), slice(0, config.embedding_dim)):
@@ -97,7 +97,7 @@ class Stored:
                 if area != rows * (dim if dimensions == 2 else 1) or _overlap(places):
                     raise StoredError(f"{_name(table, key)}: its pieces are not all there, or are there twice")
 
-    def read(self, part: Part, key: str, into: torch.Tensor) -> None:
+    def read(self, part: TableSlice, key: str, into: torch.Tensor) -> None:
         """Fill [rows] or [rows, columns] of a part, from all stored pieces that it meets; after check()."""
         for (begin, end, left, right), stored in self._pieces.get((part.table, key), ()):
             low, high = max(begin, part.rows.start), min(end or part.rows.stop, part.rows.stop)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from model.checkpoint.files import latest
-from model.checkpoint.manager import KeepOptions
+from model.checkpoint.manager import CheckpointOptions
 from model.cli.flags import TABLE_TYPES
 from model.config import ConfigError
 from model.layers.embedding import Storage
@@ -74,9 +74,9 @@ def loop_options(args: argparse.Namespace) -> LoopOptions:
     return LoopOptions(args.epochs, args.print_freq, args.test_freq, args.test_after, args.auc_threshold)
 
 
-def keep_options(args: argparse.Namespace) -> KeepOptions:
+def keep_options(args: argparse.Namespace) -> CheckpointOptions:
     """When to write checkpoints, and which to keep."""
-    return KeepOptions(
+    return CheckpointOptions(
         args.output_dir,
         args.save_freq,
         args.save_minutes,

@@ -1,4 +1,4 @@
-"""A parser of flags: as absl writes them, from files too, with errors of one line (leaf)."""
+"""A parser of flags: as absl writes them, from files too, with errors of one line."""
 
 import argparse
 import os

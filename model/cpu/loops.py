@@ -1,4 +1,4 @@
-"""Numba loops of the CPU's training step, for one thread each (leaf).
+"""Numba loops of the CPU's training step, for one thread each.
 
 The torch code they are held against: embedding.py (look-up and update), interaction.py (DotInteraction), nn.Linear with
 ReLU, F.binary_cross_entropy_with_logits. Activations are float32, or bfloat16 held as its bits in uint16. n samples, T

@@ -30,7 +30,7 @@ SETTLE = 3.5  # seconds after a broken connection in which a rank that lives mus
 LOST_PEER = ("connection", "gloo", "nccl", "socket", "broken pipe", "timed out", "remote process", "store")
 
 
-class Watch:
+class FailureDetector:
     """The watch of rank `rank` of `world`. store: a client of its own, as one that waits would hold up the beats."""
 
     def __init__(self, rank: int, world: int, store: dist.Store):
@@ -45,7 +45,7 @@ class Watch:
         self._thread.start()
 
     @staticmethod
-    def of_environment() -> tuple["Watch | None", dist.Store | None]:
+    def of_environment() -> tuple["FailureDetector | None", dist.Store | None]:
         """The watch and the store that torchrun's environment tells of; none of either for a process alone."""
         if "RANK" not in os.environ:
             return None, None
@@ -54,7 +54,7 @@ class Watch:
         own = dist.TCPStore(host, port, is_master=False, wait_for_workers=False)
         # torchrun may keep its store over a restart: addresses of ranks that are gone would still stand in it.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        watch = Watch(rank, world, dist.PrefixStore(f"attempt_{attempt}/watch", own))
+        watch = FailureDetector(rank, world, dist.PrefixStore(f"attempt_{attempt}/watch", own))
         return watch, dist.PrefixStore(f"attempt_{attempt}/ranks", store)
 
     def hold_off_sigterm(self) -> None:

@@ -1,4 +1,4 @@
-"""The processes of other ranks on this machine: whether they live, how they ended, and their end by force (leaf)."""
+"""The processes of other ranks on this machine: whether they live, how they ended, and their end by force."""
 
 import contextlib
 import fcntl

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from model.checkpoint.manager import Keeper
+from model.checkpoint.manager import CheckpointManager
 from model.config import ConfigError, ModelConfig
 from model.distributed import metrics as rank_metrics
 from model.distributed.all_to_all import RoutedIds
@@ -157,7 +157,7 @@ class RankLoader:
         return found
 
 
-class RankKeeper(Keeper):
+class RankCheckpointManager(CheckpointManager):
     """Checkpoints written by all ranks together. What depends on a rank's clock or signals is agreed on first: words
     said after a step hold after the next one, so that nobody waits for them."""
 

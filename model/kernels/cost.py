@@ -1,4 +1,4 @@
-"""Least bytes and operations of a kernel, and what they predict on a GPU (leaf)."""
+"""Least bytes and operations of a kernel, and what they predict on a GPU."""
 
 from dataclasses import dataclass
 

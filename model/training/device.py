@@ -1,4 +1,4 @@
-"""The device that trains. What was asked for is what runs, or an error (leaf)."""
+"""The device that trains. What was asked for is what runs, or an error."""
 
 from pathlib import Path
 

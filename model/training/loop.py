@@ -11,7 +11,7 @@ from signal import Signals
 import torch
 from tqdm import tqdm
 
-from model.checkpoint.manager import Keeper
+from model.checkpoint.manager import CheckpointManager
 from model.config import ConfigError
 from model.metrics import Metrics
 from model.training.loss_scale import MOST_SKIPPED
@@ -64,8 +64,8 @@ class Loop:
     """
 
     def __init__(
-        self, trainer: Trainer, loader, test: Callable[[], Metrics], options: LoopOptions, keeper: Keeper | None = None,
-        log: RunLog | None = None,
+        self, trainer: Trainer, loader, test: Callable[[], Metrics], options: LoopOptions,
+        keeper: CheckpointManager | None = None, log: RunLog | None = None,
     ):  # fmt: skip
         self.trainer, self.loader, self.test, self.options = trainer, loader, test, options
         self.keeper, self.log = keeper, log or RunLog()

@@ -1,4 +1,4 @@
-"""Learning-rate schedule of MLPerf DLRM: linear warm-up, plateau, polynomial decay, end value (leaf)."""
+"""Learning-rate schedule of MLPerf DLRM: linear warm-up, plateau, polynomial decay, end value."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Where the time of training goes (leaf)."""
+"""Where the time of training goes."""
 
 import time
 from collections import deque
@@ -9,7 +9,7 @@ import torch
 SAMPLED_STEPS = 20  # on a GPU, one step of so many is timed
 
 
-class Clock:
+class StepTimer:
     """Seconds by part of the loop.
 
     On a GPU one step of `every` is timed, and its parts stand for all. Two events in the stream mark a part, so that

@@ -18,7 +18,7 @@ from model.training.cuda_graph import Graph
 from model.training.device import has_fast_bfloat16
 from model.training.loss_scale import LossScale
 from model.training.schedule import Schedule
-from model.training.step_timer import Clock
+from model.training.step_timer import StepTimer
 
 MLP_UPDATE = "update of the MLPs"
 
@@ -62,7 +62,7 @@ class Trainer:
             self.optimizer.found_inf = self.loss_scale.found
             model.embedding.loss_scale = self.loss_scale.scale
             model.embedding.hold(self.loss_scale.found)
-        self.clock = Clock(self.device)
+        self.clock = StepTimer(self.device)
         self.steps = 0
         self._cpu = None
         if fused and not half and CpuStep.takes(model):

@@ -248,7 +248,7 @@ def seeded_streams() -> None:
 
 def seeded_context() -> None:
     """E4: a thread that waits for the device without having entered it."""
-    prefetch.OneBehind.__init__ = _without_initializer(prefetch.OneBehind.__init__)
+    prefetch.BackgroundWorker.__init__ = _without_initializer(prefetch.BackgroundWorker.__init__)
     with days(30, 2) as paths:
         agrees_with_the_cpu(paths, keep_on_device=False)
     found("no context is current in the thread", "cuEventSynchronize")
@@ -263,7 +263,7 @@ def _without_initializer(real):
 
 def seeded_pinned() -> None:
     """E11: a bucket is read into memory that an earlier one is still copied from."""
-    memory.Reused.hold = lambda self, wait: None
+    memory.ScratchBuffer.hold = lambda self, wait: None
     real = cuda.Finisher.finish
 
     def finish(self, *arguments):

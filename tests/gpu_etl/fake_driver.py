@@ -38,7 +38,7 @@ _thread = threading.local()
 _numbers = itertools.count(1000)
 _lock = threading.RLock()
 
-Clock = dict[int, int]  # stream -> how many of its operations come before
+StepTimer = dict[int, int]  # stream -> how many of its operations come before
 
 
 @dataclass
@@ -78,22 +78,22 @@ class Stream:
 
     operations: list[Operation] = field(default_factory=list)
     done: int = 0
-    clock: Clock = field(default_factory=dict)
+    clock: StepTimer = field(default_factory=dict)
     needs: list[tuple[int, int]] = field(default_factory=list)
 
 
 memory: dict[int, Allocation] = {}
 _freed_too_early: list[Allocation] = []
 streams: dict[int, Stream] = {}
-events: dict[int, tuple[int, int, Clock]] = {}  # event -> stream, its operations before the event, clock
-_host: Clock = {}  # what the host has waited for
+events: dict[int, tuple[int, int, StepTimer]] = {}  # event -> stream, its operations before the event, clock
+_host: StepTimer = {}  # what the host has waited for
 
 
 def _count(name: str, amount: int = 1) -> None:
     calls[name] = calls.get(name, 0) + amount
 
 
-def _join(clock: Clock, other: Clock) -> None:
+def _join(clock: StepTimer, other: StepTimer) -> None:
     for stream, number in other.items():
         clock[stream] = max(clock.get(stream, 0), number)
 
@@ -139,7 +139,7 @@ def _start(stream: int, name: str, run: Callable[[], None], accesses: list[tuple
             _check(found[1], Access(address, address + size, writes, stream, number, name), there.clock)
 
 
-def _check(allocation: Allocation, access: Access, clock: Clock) -> None:
+def _check(allocation: Allocation, access: Access, clock: StepTimer) -> None:
     """Hold an access against those before it."""
     allocation.accesses = [a for a in allocation.accesses if a.number > _host.get(a.stream, 0)]
     for other in allocation.accesses:
@@ -161,7 +161,7 @@ def _run(stream: int, until: int) -> None:
         there.done += 1
 
 
-def _wait_for(stream: int, until: int, clock: Clock) -> None:
+def _wait_for(stream: int, until: int, clock: StepTimer) -> None:
     _run(stream, until)
     _join(_host, clock)
 

@@ -34,7 +34,7 @@ from gpu_etl.backend.cuda import (  # noqa: E402 - after THREADS
     parquet as cuda_parquet,
     slab as cuda,
 )
-from gpu_etl.common.buffers import Reused  # noqa: E402
+from gpu_etl.common.buffers import ScratchBuffer  # noqa: E402
 from gpu_etl.common.errors import DataError, DeviceMemoryError  # noqa: E402
 from gpu_etl.passes import count as counting  # noqa: E402
 from gpu_etl.pipeline import Settings, encode_days  # noqa: E402
@@ -73,7 +73,7 @@ def parsed(text: bytes):
 
 def columns_of(device) -> np.ndarray:
     """Values of a slab on the device, on the host: uint32 [n, 40]."""
-    return cuda.rows_of(device, Reused(cuda.host_bytes))().view(np.uint32)
+    return cuda.rows_of(device, ScratchBuffer(cuda.host_bytes))().view(np.uint32)
 
 
 def missing_of(missing, rows) -> np.ndarray:
@@ -113,11 +113,11 @@ def slab_functions() -> None:
             cpu.integers(host, missing, shift, empty_value)
             cuda.integers(there, missing_there, shift, empty_value)
             same_values(there, host)
-        np.testing.assert_array_equal(columns_of(on_device), cpu.rows_of(values, Reused())().view(np.uint32))
+        np.testing.assert_array_equal(columns_of(on_device), cpu.rows_of(values, ScratchBuffer())().view(np.uint32))
         first = first_number(3) + 5
         for buckets in (1, 7):
-            numbered, ends = cpu.group(values, first, 9, buckets, Reused())()
-            there, ends_there = cuda.group(on_device, first, 9, buckets, Reused(cuda.host_bytes))()
+            numbered, ends = cpu.group(values, first, 9, buckets, ScratchBuffer())()
+            there, ends_there = cuda.group(on_device, first, 9, buckets, ScratchBuffer(cuda.host_bytes))()
             np.testing.assert_array_equal(ends, ends_there)
             for begin, end in zip([0, *ends[:-1]], ends, strict=True):
                 np.testing.assert_array_equal(np.sort(there[begin:end], order="row"), numbered[begin:end])
@@ -315,7 +315,7 @@ def same_slabs(path: Path, skip: int, slab_bytes: int, size: int) -> None:
         for slab in read_day(source, 0, slab_bytes, skip, readers=kernels.readers()):
             slab.prepare(kernels)
             while slab is not None:
-                found, empty, faults = slab.parse(kernels, Reused())
+                found, empty, faults = slab.parse(kernels, ScratchBuffer())
                 good, bad = faults == 0, np.flatnonzero(faults)
                 values.append((columns_of(found) if kernels is cuda else found)[good])
                 missing.append((missing_of(empty, found) if kernels is cuda else empty)[good])

@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies as st
 
 from gpu_etl.backend.cpu import slab as cpu
 from gpu_etl.common import codecs
-from gpu_etl.common.buffers import Reused
+from gpu_etl.common.buffers import ScratchBuffer
 from gpu_etl.common.errors import BadRowError, DataError
 from gpu_etl.passes.bad_rows import SHOWN, BadRows
 from gpu_etl.pipeline import Settings, encode_days
@@ -32,7 +32,7 @@ def slabs_of(path, slab_bytes=1 << 20, **more):
 
 
 def faults_of(path, slab_bytes=1 << 20, **more):
-    return np.concatenate([slab.parse(cpu, Reused())[2] for slab in slabs_of(path, slab_bytes, **more)])
+    return np.concatenate([slab.parse(cpu, ScratchBuffer())[2] for slab in slabs_of(path, slab_bytes, **more)])
 
 
 class Described:
@@ -83,7 +83,7 @@ def test_rows_of_nothing_take_no_more_memory_than_good_ones(tmp_path, threads):
     lines = GOOD.splitlines(keepends=True)
     text = lines[0] + b"\n" * 300_000 + b"".join(lines[1:]) + b"x\n" * 200_000 + lines[0]
     (tmp_path / "day").write_bytes(text)
-    memory, found, ends = Reused(), [], []
+    memory, found, ends = ScratchBuffer(), [], []
     for slab in slabs_of(tmp_path / "day", 1 << 18, threads=threads):
         values, missing, codes = slab.parse(cpu, memory)
         found.append(codes)

@@ -14,10 +14,10 @@ import dask
 from dask.distributed import Client, LocalCluster
 
 from gpu_etl.cluster import watch as cluster_watch
-from gpu_etl.cluster.byte_ranges import Part
+from gpu_etl.cluster.byte_ranges import CountTask
 from gpu_etl.cluster.probe import code_digest
 from gpu_etl.cluster.tasks import checked, count_part
-from gpu_etl.cluster.watch import Watch
+from gpu_etl.cluster.watch import WorkerMonitor
 from gpu_etl.common import packages
 from gpu_etl.common.errors import DataError, KeepWorkError
 from gpu_etl.passes.journal import Journal
@@ -42,7 +42,7 @@ def client():
 
 @pytest.fixture
 def watch(client, tmp_path):
-    return Watch(client, 60.0, tmp_path, {})
+    return WorkerMonitor(client, 60.0, tmp_path, {})
 
 
 def test_results_come_in_the_order_of_the_calls(client, watch):
@@ -76,7 +76,7 @@ def test_errors_of_a_task_come_as_they_are(client, watch):
 
 
 def test_time_that_the_command_itself_takes_is_not_the_workers(client, tmp_path):
-    watch = Watch(client, 1.0, tmp_path, {})
+    watch = WorkerMonitor(client, 1.0, tmp_path, {})
     time.sleep(1.2)
     calls = [(pow, (2, 2))] * 3
     assert cluster_watch.run(client, watch, "late", calls, lambda place: time.sleep(0.6)) == [4] * 3
@@ -97,7 +97,7 @@ def test_results_that_cannot_be_had(tmp_path, who, sign, words):
         processes.start_workers(1)
         struck = processes.workers[0] if who == "worker" else processes.scheduler
         with Client(processes.address, set_as_default=False) as own:
-            watch, gather = Watch(own, 2.0, tmp_path, {}), own.gather
+            watch, gather = WorkerMonitor(own, 2.0, tmp_path, {}), own.gather
 
             def strike(futures):
                 os.kill(struck.pid, sign)
@@ -131,7 +131,7 @@ def test_a_worker_that_came_later_is_looked_at_again(tmp_path):
 def test_a_task_waits_for_one_of_an_earlier_run(tmp_path):
     day = tmp_path / "day_0"
     day.write_bytes(reference.write_rows(seed=1, rows=20))
-    sources, part = open_sources([day]), Part(0, 0, 0, 0, day.stat().st_size)
+    sources, part = open_sources([day]), CountTask(0, 0, 0, 0, day.stat().st_size)
     folder = part.folder(tmp_path)
     folder.mkdir()
     earlier = Journal(folder / "journal.jsonl")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gpu_etl.backend.cpu import slab as cpu
-from gpu_etl.common.buffers import Reused
+from gpu_etl.common.buffers import ScratchBuffer
 from gpu_etl.common.errors import DataError, WorkDamagedError
 from gpu_etl.passes import encode as encoding, integrity
 from gpu_etl.passes.journal import Journal
@@ -144,7 +144,7 @@ def test_random_damage_ends_right_or_with_an_error(tmp_path, case, work):
 
 def test_a_sum_of_digests_does_not_depend_on_where_rows_lie():
     coded = np.random.default_rng(1).integers(-(2**31), 2**31, (300, 40)).astype(np.int32)
-    numbered, ends = group(coded, 7 << 40, 3, 5, Reused())
+    numbered, ends = group(coded, 7 << 40, 3, 5, ScratchBuffer())
     sums = np.zeros(5, np.uint64)
     whole = integrity.rows_sum(coded, 7 << 40)
     assert integrity.add_to_buckets(numbered, ends, sums) == integrity.add(*sums.tolist()) == whole

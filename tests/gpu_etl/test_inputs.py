@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gpu_etl.backend.cpu import slab as cpu
-from gpu_etl.common.buffers import Reused
+from gpu_etl.common.buffers import ScratchBuffer
 from gpu_etl.common.errors import DataError
 from gpu_etl.raw import columns
 from gpu_etl.raw.parquet import ParquetSlab
@@ -139,7 +139,7 @@ def parsed(path, slab_bytes=1 << 20, skip=0):
     (source,) = open_sources([path])
     found, codes, slabs = [], [], []
     for slab in read_day(source, 3, slab_bytes, skip):
-        values, missing, faults = slab.parse(cpu, Reused())
+        values, missing, faults = slab.parse(cpu, ScratchBuffer())
         assert (values.dtype, missing.dtype, faults.dtype) == (np.uint32, np.uint64, np.int32)
         assert len(values) == len(missing) == len(faults) > 0 and slab.day == 3
         for row, mask in zip(values.tolist(), missing.tolist(), strict=True):
@@ -182,7 +182,7 @@ def test_null_strings_may_have_bytes():
     offsets, data, valid = np.array([0, 1, 2, 3], np.int32), b"1z2", bytes([0b101])
     strings = pa.StringArray.from_buffers(3, pa.py_buffer(offsets), pa.py_buffer(data), pa.py_buffer(valid))
     batch = pa.RecordBatch.from_arrays(14 * [pa.array([1, 1, 1])] + 26 * [strings], [str(i) for i in range(40)])
-    values, missing, faults = ParquetSlab(0, 3, batch).parse(cpu, Reused())
+    values, missing, faults = ParquetSlab(0, 3, batch).parse(cpu, ScratchBuffer())
     assert not faults.any() and missing.tolist() == [0, (1 << 40) - (1 << 14), 0]
     assert values[:, 14:].tolist() == [26 * [1], 26 * [0], 26 * [2]]
 

@@ -15,7 +15,7 @@ import pytest
 
 from gpu_etl.backend.cpu import slab as cpu
 from gpu_etl.commands.verify import verify
-from gpu_etl.common.buffers import Reused
+from gpu_etl.common.buffers import ScratchBuffer
 from gpu_etl.common.errors import DataError
 from gpu_etl.dataset import manifest
 from gpu_etl.passes import count as counting
@@ -148,8 +148,8 @@ def test_shuffle_does_not_depend_on_its_buckets(tmp_path):
     for count, step in ((1, 5000), (17, 777), (90, 10)):
         buckets = Buckets(tmp_path, count, seed=3, kept=[0])
         for begin in reversed(range(0, len(rows), step)):  # any order will do
-            buckets.add(*group(rows[begin : begin + step], begin, 3, count, Reused()))
-        whole = buckets.whole(0, [Reused(), Reused(), Reused()])
+            buckets.add(*group(rows[begin : begin + step], begin, 3, count, ScratchBuffer()))
+        whole = buckets.whole(0, [ScratchBuffer(), ScratchBuffer(), ScratchBuffer()])
         shuffled = [rows_["coded"][np.argsort(keys_of(3, rows_["row"]))] for rows_ in whole]
         orders.append(np.concatenate(shuffled)[:, 0] // 40)
         for bucket in range(count):

@@ -10,11 +10,11 @@ import pytest
 from gpu_etl.__main__ import main
 from gpu_etl.backend import select as backend
 from gpu_etl.backend.cpu import slab as cpu
-from gpu_etl.cluster.byte_ranges import Part
+from gpu_etl.cluster.byte_ranges import CountTask
 from gpu_etl.cluster.tasks import count_part
-from gpu_etl.common.buffers import Reused
+from gpu_etl.common.buffers import ScratchBuffer
 from gpu_etl.common.errors import notes
-from gpu_etl.common.threads import OneBehind
+from gpu_etl.common.threads import BackgroundWorker
 from gpu_etl.passes import journal
 from gpu_etl.pipeline import Settings, encode_days
 from gpu_etl.raw.reader import open_sources
@@ -61,7 +61,7 @@ def test_every_thread_that_touches_the_device_has_entered_it(device, day_files, 
 
 def test_tasks_of_any_thread_enter_the_device(device, day_files, tmp_path):
     days = open_sources(day_files)
-    part, failed = Part(0, 0, 0, 0, days[0].size), []
+    part, failed = CountTask(0, 0, 0, 0, days[0].size), []
 
     def task():
         try:
@@ -120,7 +120,7 @@ def test_memory_that_a_device_still_copies_from_is_not_filled_again(day_files, t
 
 
 def test_memory_waits_once_for_what_holds_it():
-    memory, waited = Reused(), []
+    memory, waited = ScratchBuffer(), []
     memory.empty((3,), np.int32)
     memory.hold(lambda: waited.append(1))
     for _ in range(2):
@@ -134,14 +134,14 @@ def fail(words):
 
 @pytest.mark.parametrize("jobs_before", [0, 1])
 def test_the_error_of_the_last_job_is_raised(jobs_before):
-    with pytest.raises(OSError, match="the last one"), OneBehind() as behind:
+    with pytest.raises(OSError, match="the last one"), BackgroundWorker() as behind:
         for _ in range(jobs_before):
             behind.submit(lambda: None)
         behind.submit(fail, "the last one")
 
 
 def test_the_error_of_a_job_is_raised_once():
-    with pytest.raises(OSError, match="a job") as raised, OneBehind() as behind:
+    with pytest.raises(OSError, match="a job") as raised, BackgroundWorker() as behind:
         behind.submit(fail, "a job")
         behind.submit(lambda: None)
     assert not hasattr(raised.value, "__notes__")
@@ -149,7 +149,7 @@ def test_the_error_of_a_job_is_raised_once():
 
 @pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt()])
 def test_no_error_hides_another(error):
-    with pytest.raises(type(error)) as raised, OneBehind() as behind:
+    with pytest.raises(type(error)) as raised, BackgroundWorker() as behind:
         behind.submit(fail, "the job's")
         raise error
     assert notes(raised.value) == ["meanwhile, in the background: OSError: [Errno 28] the job's"]

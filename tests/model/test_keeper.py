@@ -8,7 +8,7 @@ import time
 import pytest
 
 from model.checkpoint import files as checkpoint, manager as keeper
-from model.checkpoint.manager import Keeper, KeepOptions
+from model.checkpoint.manager import CheckpointManager, CheckpointOptions
 from model.config import ConfigError
 from model.metrics import Metrics
 from model.training.loop import LoopOptions, fit
@@ -22,7 +22,7 @@ def metrics(auc):
 
 def run(tmp_path, tests=(), **options):
     trainer = make_trainer()
-    kept = Keeper(KeepOptions(tmp_path, **options), trainer, {"place": "here"})
+    kept = CheckpointManager(CheckpointOptions(tmp_path, **options), trainer, {"place": "here"})
     answers = iter(tests)
     loop = LoopOptions(epochs=2, test_freq=3 if tests else 1000)
     fit(trainer, ListLoader(random_batches(10, 16)), lambda: metrics(next(answers, 0.1)), loop, kept)
@@ -85,7 +85,7 @@ def test_the_best_stays(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_run_after_a_checkpoint(tmp_path, number):
     trainer = make_trainer()
-    kept = Keeper(KeepOptions(tmp_path), trainer, {})
+    kept = CheckpointManager(CheckpointOptions(tmp_path), trainer, {})
     real = trainer.step
 
     def step(batch):
@@ -102,7 +102,7 @@ def test_a_signal_ends_the_run_after_a_checkpoint(tmp_path, number):
 
 def test_a_second_interrupt_does_not_wait(tmp_path):
     trainer = make_trainer()
-    kept = Keeper(KeepOptions(tmp_path), trainer, {})
+    kept = CheckpointManager(CheckpointOptions(tmp_path), trainer, {})
 
     def step(batch):
         os.kill(os.getpid(), signal.SIGINT)
@@ -116,7 +116,7 @@ def test_a_second_interrupt_does_not_wait(tmp_path):
 
 def test_no_checkpoint_of_a_model_whose_loss_was_no_number(tmp_path):
     trainer = make_trainer()
-    kept = Keeper(KeepOptions(tmp_path, every_steps=4), trainer, {})
+    kept = CheckpointManager(CheckpointOptions(tmp_path, every_steps=4), trainer, {})
     batches = random_batches(10, 16)
     batches[6].dense[3, 2] = float("nan")
     loader = ListLoader(batches)

@@ -12,7 +12,7 @@ import numba
 import numpy as np
 
 from gpu_etl.backend.cpu.dictionary import Dictionaries
-from gpu_etl.common.buffers import Reused, host_bytes
+from gpu_etl.common.buffers import ScratchBuffer, host_bytes
 from gpu_etl.common.errors import DataError
 from gpu_etl.common.jit import compiled, compiled_parallel
 from gpu_etl.rows import scalar as rows
@@ -137,14 +137,14 @@ def _parse(text, ends, values, missing, faults):
 
 
 def parse(
-    text: np.ndarray, ends: np.ndarray, memory: Reused | None = None
+    text: np.ndarray, ends: np.ndarray, memory: ScratchBuffer | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Parse a slab. text uint8 [bytes], ends int64 [n] of find_rows.
 
     Returns values uint32 [n, 40] column-major, missing uint64 [n] (bit c = column c was empty), faults int32 [n] (0, or
     a code of rows.parse_row; the row's values are then undefined). The values lie in `memory`, where it is given.
     """
-    values = (memory or Reused()).empty((COLUMNS, len(ends)), np.uint32).T
+    values = (memory or ScratchBuffer()).empty((COLUMNS, len(ends)), np.uint32).T
     missing = np.empty(len(ends), np.uint64)
     faults = np.empty(len(ends), np.int32)
     _parse(text, ends, values, missing, faults)
@@ -166,7 +166,7 @@ def keep_rows(values: np.ndarray, missing: np.ndarray, keep: np.ndarray) -> tupl
     return np.asfortranarray(values[keep]), missing[keep]
 
 
-def rows_of(values: np.ndarray, memory: Reused) -> Callable[[], np.ndarray]:
+def rows_of(values: np.ndarray, memory: ScratchBuffer) -> Callable[[], np.ndarray]:
     """What gives a coded slab as rows int32 [n, 40], row-major, on the host; they lie in `memory`."""
     rows_ = memory.empty(values.shape, RECORD_DTYPE)
     rows_[:] = values.view(RECORD_DTYPE)
@@ -174,7 +174,7 @@ def rows_of(values: np.ndarray, memory: Reused) -> Callable[[], np.ndarray]:
 
 
 def group(
-    values: np.ndarray, first_row: int, seed: int, buckets: int, memory: Reused
+    values: np.ndarray, first_row: int, seed: int, buckets: int, memory: ScratchBuffer
 ) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
     """What gives a coded slab's rows by bucket, on the host, as numbered.group does; they lie in `memory`."""
     found = group_rows(values, first_row, seed, buckets, memory)

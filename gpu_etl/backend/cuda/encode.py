@@ -9,7 +9,7 @@ from gpu_etl.backend.cuda.kernel import blocks_for, kernel
 from gpu_etl.backend.cuda.launch import Input, Mark, Memory, fetch, launch, sorted_places, stream
 from gpu_etl.backend.cuda.new_keys import zero
 from gpu_etl.backend.cuda.parse import VALUES, Rows, scan
-from gpu_etl.common.buffers import Reused
+from gpu_etl.common.buffers import ScratchBuffer
 from gpu_etl.rows import scalar as rows
 from gpu_etl.rows.numbered import DAY_SHIFT, NUMBER_WORDS, NUMBERED
 from gpu_etl.rows.random_keys import bucket_of, key_of, start_of_keys
@@ -117,7 +117,7 @@ def words_of(numbered: np.ndarray) -> np.ndarray:
 
 
 def group(
-    values: Rows, first_row: int, seed: int, buckets: int, memory: Reused
+    values: Rows, first_row: int, seed: int, buckets: int, memory: ScratchBuffer
 ) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
     """Brings a coded slab's rows by bucket to the host: see cpu.group; only the order within a bucket is another."""
     count, end_bytes = len(values), -(-buckets * 4 // NUMBERED.itemsize) * NUMBERED.itemsize
@@ -134,7 +134,7 @@ def group(
     return arrived
 
 
-def rows_of(values: Rows, memory: Reused) -> Callable[[], np.ndarray]:
+def rows_of(values: Rows, memory: ScratchBuffer) -> Callable[[], np.ndarray]:
     """Brings a coded slab to the host as rows: see cpu.rows_of."""
     words = words_of(memory.empty((len(values),), NUMBERED))
     nothing = np.empty(0, np.int32)

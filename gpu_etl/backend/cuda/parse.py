@@ -13,7 +13,7 @@ from numba import cuda
 from gpu_etl.backend.cuda.kernel import THREADS, blocks_for, kernel
 from gpu_etl.backend.cuda.launch import Memory, Output, download, launch
 from gpu_etl.backend.cuda.text import DeviceText, text_rooms
-from gpu_etl.common.buffers import Reused
+from gpu_etl.common.buffers import ScratchBuffer
 from gpu_etl.common.jit import compiled as device_function
 from gpu_etl.rows import scalar as rows
 from gpu_etl.rows.scalar import INT32_MAX
@@ -244,7 +244,7 @@ def summarize_on_device(table: Rows, numbers, room: int) -> None:
 parser = _Parser()
 
 
-def parse(text: np.ndarray | None, uploaded: DeviceText | None, memory: Reused | None = None):
+def parse(text: np.ndarray | None, uploaded: DeviceText | None, memory: ScratchBuffer | None = None):
     """Parse a slab of text that find_rows brought to the device (its copy on the host is not looked at). Returns its
     rows, until the next call, and their missing on the device, faults int32 [n] on the host."""
     if uploaded is None:
