@@ -1,5 +1,7 @@
 """A trained model at work: scores, their speed, and export for other programs."""
 
+import errno
+import os
 import shutil
 import statistics
 import time
@@ -17,6 +19,7 @@ from model.dlrm import DLRM
 WARM_UP = 10
 PERCENTILES = (50, 90, 95, 99)
 EXAMPLE_ROWS = 3  # of the batch that an export runs; of one row, the exporters would take 1 for the only batch size
+PT2_BYTES = 4 << 20  # of a .pt2 beside its weights, at most
 WEIGHTS = ".data"  # what ONNX's exporter adds to a name for the file of large weights
 
 
@@ -114,6 +117,10 @@ def export(model: DLRM, path: Path) -> list[Path]:
 
 
 def _write_pt2(model: DLRM, path: Path, example: tuple[torch.Tensor, torch.Tensor], shapes: tuple) -> None:
+    # torch's writer aborts the process where the disk takes no more.
+    needed = sum(tensor.nbytes for tensor in model.state_dict().values()) + PT2_BYTES
+    if shutil.disk_usage(path.parent).free < needed:
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: about {needed / 1e6:,.0f} MB needed", str(path))
     torch.export.save(torch.export.export(Scorer(model).eval(), example, dynamic_shapes=shapes), path)
 
 

@@ -3,6 +3,8 @@
 import gzip
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +18,7 @@ import pytest
 import torch
 
 import train
+from gpu_etl.load.scores import ScoreWriter
 from gpu_etl.pipeline import Settings, encode_days
 from gpu_etl.schema import COLUMN_NAMES
 from model import inference, outcome
@@ -119,6 +122,32 @@ def test_a_predict_that_is_ended_leaves_nothing_to_the_next(trained, day_files, 
     else:
         assert said.splitlines()[-1] == ("terminated" if number == signal.SIGTERM else "interrupted")
     assert not part.exists()
+
+
+@pytest.fixture
+def files_up_to():
+    """Sets a limit on the size of files, beyond which writing fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("size", [2, 600])  # the file's first bytes, or a block of scores
+def test_scores_on_a_disk_that_is_full(tmp_path, files_up_to, size):
+    path = tmp_path / "scores.parquet"
+    with pytest.raises(OSError, match=rf"File too large: '{path}'$"):
+        files_up_to(size)
+        with ScoreWriter(path, labelled=False) as writer:
+            writer.write(np.random.default_rng(0).random(1000, np.float32), np.zeros(1000, np.float32))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_export_to_a_disk_without_room(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(inference.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10**5))
+    status, _, said = run(capsys, "--mode", "export", "--ckpt", trained[1], "--output", tmp_path / "model.pt2")
+    assert status == 1 and "model.pt2: No space left on device: about " in said and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("target", "words"), [("/dev/full", "No space left on device"), ("pipe", "Broken pipe")])

@@ -1,7 +1,8 @@
 """Scores of rows as a Parquet file."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,17 @@ class ScoreWriter:
         self.rows, self._skipped = 0, 0
         self._path, self._part, self._labelled = path, path.with_name(path.name + ".part"), labelled
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._writer = pq.ParquetWriter(self._part, pa.schema(fields))
+        with self._named():
+            self._file = open(self._part, "wb")  # noqa: SIM115 - closed in __exit__
+            self._writer = pq.ParquetWriter(self._file, pa.schema(fields))
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors of the disk in this block tell the file."""
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror or str(error), str(self._path)) from error
 
     def write(self, scores: np.ndarray, labels: np.ndarray, skipped: Sequence[int] = ()) -> None:
         """Append scores float32 [n] and labels [n]; these are dropped where there are none.
@@ -58,17 +69,28 @@ class ScoreWriter:
             columns = [_with_gaps(column, gaps) for column in columns]
         elif not len(scores):
             return
-        self._writer.write_table(pa.table(columns, schema=self._writer.schema))
+        with self._named():
+            self._writer.write_table(pa.table(columns, schema=self._writer.schema))
         self.rows, self._skipped = self.rows + len(columns[0]), len(skipped)
 
     def __enter__(self) -> "ScoreWriter":
         return self
 
     def __exit__(self, kind, *_) -> None:
-        self._writer.close()
-        if kind is None:
-            with open(self._part, "rb") as file:
-                os.fsync(file.fileno())
-            self._part.replace(self._path)
-        else:
-            self._part.unlink()
+        whole = False
+        try:
+            with self._named():
+                self._writer.close()
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                whole = kind is None
+        except OSError:
+            if kind is None:  # else the error that is on its way comes first
+                raise
+        finally:
+            with suppress(OSError):
+                self._file.close()
+            if whole:
+                self._part.replace(self._path)
+            else:
+                self._part.unlink(missing_ok=True)

@@ -1,13 +1,13 @@
 """The command python -m model.planner: a plan, and what a step of it costs on machines that need not be here."""
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 from common.numbers import number, whole
-from model.config import ConfigError, ModelConfig, names, read_config
+from model import outcome
+from model.config import ModelConfig, names, read_config
 from model.layers.optimizers import NAMES
 from model.planner import plan as sharding
 from model.planner.cost_model import MACHINES, Job, Machine
@@ -39,14 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     given = {key: value * scale for key, scale in (("memory", 1e9), ("link", 1e9), ("network", 1e9), ("per_node", 1))
              if (value := getattr(args, key))}  # fmt: skip
     machine = replace(MACHINES[args.gpu], **given)
-    try:
-        config, _ = read_config(args.model_config)
-        result = _report(args, config, machine)
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(json.dumps(result, allow_nan=False))
-    return 0
+    return outcome.run(lambda: _report(args, read_config(args.model_config)[0], machine), (), debug=False)
 
 
 def _report(args: argparse.Namespace, config: ModelConfig, machine: Machine) -> dict:
