@@ -138,7 +138,8 @@ def test_where_nothing_can_be_locked_it_is_said(folder, tmp_path, capsys, monkey
 
 
 def test_a_killed_run_holds_no_lock(folder, tmp_path, capsys):
-    child = "import os, sys, train; train.fit = lambda *_: os.kill(os.getpid(), 9); train.main(sys.argv[1:])"
+    child = "import os, sys, train\nfrom model.cli import modes\nmodes.fit = lambda *_: os.kill(os.getpid(), 9)\n"
+    child += "train.main(sys.argv[1:])"
     words = [str(word) for word in short_run(folder, tmp_path)]
     done = subprocess.run([sys.executable, "-c", child, *words], cwd=ROOT, capture_output=True)
     assert done.returncode == -9 and (tmp_path / "run.json").exists()

@@ -73,7 +73,7 @@ def test_its_programs_run_from_any_folder(installed, tmp_path):
         flags = "@criteo_kaggle", "--dataset", "set", "--device", "cpu", *words
         found = json.loads(run(installed / program, *flags, cwd=tmp_path).splitlines()[-1])
         assert found["steps"] == 6
-    pins = run(installed / "python", "-c", "from gpu_etl import packages as p; print(p.install_command('isal'))",
+    pins = run(installed / "python", "-c", "from gpu_etl.common import packages as p; print(p.install_command('isal'))",
                cwd=tmp_path)  # fmt: skip
     assert pins.strip() == "pip install isal==1.9.1"
 

@@ -44,10 +44,13 @@ class ScoreWriter:
         fields = [pa.field("score", pa.float32())] + [pa.field("label", pa.int8())] * labelled
         self.rows, self._skipped = 0, 0
         self._path, self._part, self._labelled = path, path.with_name(path.name + ".part"), labelled
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with self._named():
-            self._file = open(self._part, "wb")  # noqa: SIM115 - closed in __exit__
-            self._writer = pq.ParquetWriter(self._file, pa.schema(fields))
+        self._schema, self._file, self._writer = pa.schema(fields), None, None
+
+    def _open(self) -> None:
+        """Begin the file: within the `with`, as a signal may end this process at any moment."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(self._part, "wb")  # noqa: SIM115 - closed in __exit__
+        self._writer = pq.ParquetWriter(self._file, self._schema)
 
     @contextmanager
     def _named(self) -> Iterator[None]:
@@ -70,27 +73,29 @@ class ScoreWriter:
         elif not len(scores):
             return
         with self._named():
-            self._writer.write_table(pa.table(columns, schema=self._writer.schema))
+            if self._writer is None:
+                self._open()
+            self._writer.write_table(pa.table(columns, schema=self._schema))
         self.rows, self._skipped = self.rows + len(columns[0]), len(skipped)
 
     def __enter__(self) -> "ScoreWriter":
         return self
 
     def __exit__(self, kind, *_) -> None:
-        whole = False
+        if kind is not None:  # its error comes first
+            with suppress(OSError, AttributeError):  # nothing may be open yet
+                self._file.close()
+            self._part.unlink(missing_ok=True)
+            return
         try:
             with self._named():
+                if self._writer is None:
+                    self._open()
                 self._writer.close()
                 self._file.flush()
                 os.fsync(self._file.fileno())
-                whole = kind is None
-        except OSError:
-            if kind is None:  # else the error that is on its way comes first
-                raise
-        finally:
-            with suppress(OSError):
                 self._file.close()
-            if whole:
-                self._part.replace(self._path)
-            else:
-                self._part.unlink(missing_ok=True)
+            self._part.replace(self._path)
+        except BaseException:
+            self._part.unlink(missing_ok=True)
+            raise

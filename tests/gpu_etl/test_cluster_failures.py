@@ -175,7 +175,7 @@ def test_workers_with_other_versions_are_refused(two_days, tmp_path, capfd, work
 
 
 def test_a_worker_that_is_older_than_its_files_is_refused(two_days, tmp_path, capfd):
-    settings = other_code(tmp_path)["project"] / "gpu_etl" / "settings.py"
+    settings = other_code(tmp_path)["project"] / "gpu_etl" / "passes" / "settings.py"
     text = settings.read_text()
     settings.write_text(f"{text}# of yesterday\n")
     for package in ("load", "doctor"):
