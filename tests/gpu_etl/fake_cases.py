@@ -127,7 +127,8 @@ def workers() -> None:
     """Two workers of Dask, as threads of this process: each must enter the device, and leave it to the other."""
     from dask.distributed import LocalCluster
 
-    workers = partial(LocalCluster, n_workers=2, threads_per_worker=1, processes=False)
+    # Without a limit: where memory is short, Dask has Python collect what is unreachable, in a thread of its own.
+    workers = partial(LocalCluster, n_workers=2, threads_per_worker=1, processes=False, memory_limit=0)
     cluster_start._local_cluster = lambda settings, security: workers(dashboard_address="127.0.0.1:0")
     with days(20, 20, 10) as paths:
         agrees_with_the_cpu(paths, workers=2)
