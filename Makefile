@@ -1,19 +1,26 @@
 # make run    sets up and does the main job: synthetic raw days -> data set -> trained DLRM -> AUC
-# make test   sets up and runs all tests
+# make test   sets up and runs the tests, but for the slowest kinds
+# make test-all   all of them, as CI does
 # make doctor sets up, says what is on this machine, and checks that everything computes here what it should
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: run test doctor lint bench setup clean
+.PHONY: run test test-all doctor lint bench setup clean
 
 run: setup
 	$(PY) -m bench quickstart
 
+TESTS := -n auto --maxprocesses 4 --dist worksteal
+
 test: setup
 	$(PY) -m tests.warm
-	$(PY) -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(PY) -m pytest $(TESTS) -m "not slow"
+
+test-all: setup
+	$(PY) -m tests.warm
+	$(PY) -m pytest $(TESTS)
 
 doctor: setup
 	$(PY) -m gpu_etl doctor

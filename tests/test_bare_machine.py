@@ -138,6 +138,7 @@ def test_benchmarks_are_all_listed():
     assert "invalid choice: 'nothing'" in said
 
 
+@pytest.mark.slow
 def test_benchmarks_leave_out_the_peers_that_are_missing(tmp_path):
     model = tmp_path / "model.json"
     model.write_text(json.dumps(TINY_MODEL))

@@ -72,6 +72,7 @@ def swap(path, other):
     shutil.copy(other, path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(DAMAGES))
 def test_the_right_bits_or_a_clear_error(folder, runs, tmp_path, number, capsys):
     run, other, right = runs

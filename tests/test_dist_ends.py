@@ -90,6 +90,7 @@ def sleep_together(rank, words):
     at_step(5, stop)
 
 
+@pytest.mark.slow
 def test_torchrun_does_not_wait_for_a_rank_that_stands_still(folder, tmp_path):
     """It would give it half a minute after SIGTERM, which a stopped process never sees."""
     script = tmp_path / "still.py"
@@ -112,6 +113,7 @@ sys.exit(dist_train.main())
 """
 
 
+@pytest.mark.slow
 def test_no_thread_of_gloo_or_the_watch_is_left_at_the_end(folder, tmp_path):
     """Python ends those that want it while it shuts down, and by that, sometimes, the process, with SIGABRT."""
     script = tmp_path / "threads.py"

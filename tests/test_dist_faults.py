@@ -157,6 +157,7 @@ def test_a_rank_has_another_flag(folder, tmp_path, more):
     assert not list(tmp_path.glob("step_*"))
 
 
+@pytest.mark.slow
 def test_ranks_may_have_other_paths_and_loaders(folder, tmp_path):
     more = with_flags("--loader", "dali", "--prefetch", "3", "--log_dir", str(tmp_path / "nowhere"))
     ends = run_main(2, flags(folder, tmp_path), tmp_path, more)
@@ -197,6 +198,7 @@ def drift(rank, words):
         RankTrainer.step = step
 
 
+@pytest.mark.slow
 def test_a_rank_whose_weights_drift_away_is_noticed_at_the_next_save(folder, tmp_path):
     ends = run_main(2, [*flags(folder, tmp_path), "--print_freq", "1000"], tmp_path, drift)
     ends_soon(ends, 1, "rank 1: error: this rank does not train what rank 0 trains: digest of the weights: ")
@@ -236,6 +238,7 @@ def whole(folder, tmp_path_factory):
     return digests(checkpoint.find(out))
 
 
+@pytest.mark.slow
 def test_torchrun_starts_again_and_ends_with_the_same_weights(folder, tmp_path, whole):
     script = tmp_path / "frail.py"
     script.write_text(FRAIL.format(root=str(ROOT)))
@@ -275,6 +278,7 @@ sys.exit(dist_train.main())
 """
 
 
+@pytest.mark.slow
 def test_one_of_two_machines_is_lost(folder, tmp_path):
     """The second agent and its rank die at once; the first agent ends, and says why."""
     script = tmp_path / "lost.py"
@@ -288,6 +292,7 @@ def test_one_of_two_machines_is_lost(folder, tmp_path):
     assert words.count(gone) + words.count(deaf) == 1, words
 
 
+@pytest.mark.slow
 def test_launch_as_older_readmes_write_it(folder, tmp_path, whole):
     words = ["--use_env", "--nproc_per_node", "2", f"--master_port={free_port()}", "dist_train.py",
              *flags(folder, tmp_path)]  # fmt: skip

@@ -118,6 +118,7 @@ def test_same_curve_metrics_and_weights(folder, tmp_path, whole, world, others):
     assert json.loads((tmp_path / "again.json").read_text()) == mixed_plan(sizes, world)
 
 
+@pytest.mark.slow
 def test_checkpoints_move_between_numbers_of_ranks_and_train(folder, tmp_path, whole):
     """One epoch on two ranks, then on three, on train.py, and from train.py back to two."""
     half = [*flags(folder, tmp_path / "two"), "--epochs", "1"]

@@ -202,6 +202,7 @@ def test_the_cpu_agrees_with_slow_python(check):
     slab.CHECKS[check](slab.Sides(slow, cpu, 150))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", ["usable", *slab.CHECKS])
 def test_checks_of_the_gpu_run_in_the_simulator(check):
     rows = "9" if check == "dictionaries" else "20"
@@ -225,6 +226,7 @@ def test_other_bytes_of_a_data_set_are_found():
         whole._equal({"a": b"1"}, {"a": b"1", "b": b"3"}, "seed 2")
 
 
+@pytest.mark.slow
 def test_steps_that_differ_are_found(monkeypatch):
     monkeypatch.setattr(steps, "BATCH", {"cpu": 64})
     steps._same(steps.trainer(steps.CPU), steps.trainer(steps.CPU, fused=False), "the same", 1e-3)

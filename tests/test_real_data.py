@@ -43,6 +43,7 @@ def test_facebookresearchs_recipe_reaches_its_auc(folder):
     assert 0.715 < trained(folder, "facebookresearch_kaggle")["auc"] < 0.74
 
 
+@pytest.mark.slow
 def test_our_recipe_learns_more(samples, tmp_path):
     settings = Settings(preset=choose_preset("count", min_count=2, last_day="test-all"), days=7, shuffle=False)
     encode_days([samples / "criteo_kaggle_137k.tsv.gz"], tmp_path, settings)

@@ -126,6 +126,7 @@ def shell(folder: Path, *stages: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @needs("polars")
 def test_a_stage_by_the_script(tmp_path):
     done = shell(tmp_path, "etl")

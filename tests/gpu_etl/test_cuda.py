@@ -61,6 +61,7 @@ def run(words: list[str], **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_in_the_simulator(case):
     words = ["-m", "tests.gpu_etl.simulated", case]
@@ -76,6 +77,7 @@ def test_a_launch_takes_the_declared_types_only():
     assert "agrees" in run(["-c", WRONG], NUMBA_ENABLE_CUDASIM="1", NUMBA_DISABLE_JIT="1")
 
 
+@pytest.mark.slow
 def test_no_kernel_spills_registers_and_the_next_process_compiles_none():
     pytest.importorskip("triton", reason="no ptxas: it comes in triton's wheel")
     found = json.loads(run(["-m", "bench", "kernels"]).splitlines()[-1])

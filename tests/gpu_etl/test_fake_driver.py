@@ -25,11 +25,13 @@ def run(case: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*CASES, *WHOLE])
 def test_on_the_fake_driver(case):
     assert "agrees" in run(case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SEEDED)
 def test_a_fault_that_is_put_back_is_found(case):
     assert "agrees" in run(case)

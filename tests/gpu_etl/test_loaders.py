@@ -273,6 +273,7 @@ MEMORY_CASES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "buffer"), MEMORY_CASES)
 def test_memory_does_not_grow_over_a_thousand_batches(tmp_path, kind, buffer):
     records = make_records(60_000)

@@ -55,6 +55,7 @@ def bombs():
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", bombs())
 def test_what_takes_gigabytes_is_refused_with_its_column(tmp_path, monkeypatch, name):
     monkeypatch.setattr(parquet_limits, "MOST_BYTES", 64 * MIB)
@@ -78,6 +79,7 @@ def limited(*words):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_under_a_limit_of_two_gigabytes_a_bomb_ends_in_words_and_a_day_is_encoded(tmp_path):
     bomb = write(tmp_path / "bomb", one_of("0" * 20_000_000, 100_000), 100_000, compression="zstd")
     assert bomb.stat().st_size < 40_000

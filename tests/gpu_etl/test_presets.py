@@ -57,6 +57,7 @@ def test_flags_replace_rules_and_the_manifest_tells(day_files, tmp_path, capsys)
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_sampling_keeps_its_shares_whatever_the_slabs(tmp_path):
     days = [tmp_path / f"day_{day}" for day in range(3)]
     for day, path in enumerate(days):

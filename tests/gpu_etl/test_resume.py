@@ -90,6 +90,7 @@ def small_steps(monkeypatch):
     monkeypatch.setattr(cpu, "BUCKET_BYTES", BUCKET)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "writers"), [("records", 1), ("records", 4), ("dist", 3)])
 def test_killed_at_any_write_and_started_again(day_files, tmp_path, small_steps, form, writers):
     writes = killed_run(0, "", tmp_path / "whole", day_files, form)

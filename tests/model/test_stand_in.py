@@ -23,10 +23,12 @@ def run(module: str, *cases: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_training_on_it_has_no_fault(case):
     assert "agrees" in run("stand_in_cases", case)
 
 
+@pytest.mark.slow
 def test_faults_that_are_put_back_are_found():
     run("stand_in_seeds")
