@@ -6,14 +6,13 @@ to and in what order, and whether they move from a day's file to a bucket, the s
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from common import typed
+from common import atomic, typed
 from gpu_etl.common.errors import WorkDamagedError
 from gpu_etl.common.jit import compiled
 from gpu_etl.dataset.manifest import describe_file
@@ -126,13 +125,8 @@ def identity(value) -> str:
 
 def write_json(path: Path, value) -> None:
     """Write a value with a checksum beside it, whole or not at all."""
-    temporary = path.with_name(path.name + ".part")
     body = json.dumps(value, allow_nan=False)
-    with open(temporary, "w") as file:
-        file.write(json.dumps({"crc32": f"{zlib.crc32(body.encode()):08x}", "value": body}))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    atomic.write_text(path, json.dumps({"crc32": f"{zlib.crc32(body.encode()):08x}", "value": body}))
 
 
 def read_json(path: Path):
@@ -148,12 +142,3 @@ def read_json(path: Path):
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise WorkDamagedError(f"{path}: damaged ({error})") from error
-
-
-def sync_folder(path: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

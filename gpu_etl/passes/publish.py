@@ -4,9 +4,10 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from common.atomic import to_disk
 from gpu_etl.common.errors import KeepWorkError, WorkDamagedError
 from gpu_etl.dataset.manifest import FILE_NAME, Manifest, describe_file
-from gpu_etl.passes.integrity import check_file, sync_folder
+from gpu_etl.passes.integrity import check_file
 from gpu_etl.raw.stamps import Stamp, stamp_of
 
 
@@ -29,9 +30,9 @@ def publish(work: Path, out: Path, description: Manifest, written: dict[str, Sta
             os.fsync(file.fileno())
         (work / name).rename(out / name)
     for folder in {(out / name).parent for name in moving}:
-        sync_folder(folder)
+        to_disk(folder)
     description.write(out)
-    sync_folder(out)
+    to_disk(out)
 
 
 def _is_to_move(work: Path, out: Path, name: str, entry: dict, written: dict[str, Stamp]) -> bool:
