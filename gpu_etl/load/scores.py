@@ -83,8 +83,9 @@ class ScoreWriter:
 
     def __exit__(self, kind, *_) -> None:
         if kind is not None:  # its error comes first
-            with suppress(OSError, AttributeError):  # nothing may be open yet
-                self._file.close()
+            for opened in filter(None, (self._writer, self._file)):  # in this order, or Arrow complains later on
+                with suppress(OSError, ValueError):
+                    opened.close()
             self._part.unlink(missing_ok=True)
             return
         try:
